@@ -23,6 +23,7 @@ from .gpunode import (
     NodePhase,
     NodeSummary,
     NodeSystem,
+    ReplicaOrigin,
     ReplicaState,
     ReplicaStatus,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "OwnerReference",
     "PlacementSpec",
     "PoolReplica",
+    "ReplicaOrigin",
     "ReplicaState",
     "ReplicaStatus",
     "ResolvedModel",

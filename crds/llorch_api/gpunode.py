@@ -162,9 +162,20 @@ class ReplicaState(StrEnum):
     FAILED = "Failed"
 
 
+class ReplicaOrigin(StrEnum):
+    """Assigned by the operator, or brought by a handoff file: launched from a model, or adopted while running."""
+
+    ASSIGNED = "assigned"
+    LAUNCHED = "launched"
+    ADOPTED = "adopted"
+
+
 class ReplicaStatus(ApiModel):
     """One engine of this node."""
 
+    origin: Annotated[ReplicaOrigin, Field(description="assigned by the operator; launched or adopted through a handoff file.")] = (
+        ReplicaOrigin.ASSIGNED
+    )
     pool: Annotated[Bounded64, Field(description="Its pool.")] = ""
     state: Annotated[ReplicaState, Field(description="Pending, Fetching, Loading, Ready, Draining, Stopped or Failed.")] = ReplicaState.PENDING
     slots_total: Annotated[Slots, Field(description="Concurrent sequences of the engine.")] = 0

@@ -13,8 +13,12 @@ from .meta import ATOMIC, CONDITION_LIST, ApiModel, Bounded64, Bounded256, Condi
 from .shape import ModelShape
 
 MAX_REPLICAS = 1000
-SOURCE_PATTERN = r"^(file:/|https://|hf:|s3://)[^\s]+$"
-SOURCE_HELP = "must be file:/path, https://…, hf:org/repo[/file.gguf][@rev] or s3://bucket/key"
+SOURCE_PATTERN = r"^((file:/|https://|hf:|s3://)[^\s]+|handoff:)$"
+SOURCE_HELP = "must be file:/path, https://…, hf:org/repo[/file.gguf][@rev], s3://bucket/key or handoff:"
+HANDOFF_SOURCE = "handoff:"
+"""Nothing is placed: the pool is served by the engines that handoff files bring."""
+HANDOFF_LABEL = "llorch.dev/origin"
+"""With value `handoff` on pools that the operator made for handoff files."""
 ARGS_HELP = "only llama-server arguments that open no port, path or log may be set; see docs/pools.md"
 
 
@@ -26,9 +30,11 @@ class ModelSpec(ApiModel):
         Field(
             min_length=5,
             max_length=256,
-            description="Where the GGUF is: file:/path (on the nodes), https://…, hf:org/repo[/file.gguf][@rev], s3://bucket/key.",
+            description="Where the GGUF is: file:/path (on the nodes), https://…, hf:org/repo[/file.gguf][@rev], s3://bucket/key; or handoff:.",
             json_schema_extra={
-                "x-kubernetes-validations": [{"rule": f"self.matches('{SOURCE_PATTERN}')".replace("\\", "\\\\"), "message": SOURCE_HELP}]
+                "x-kubernetes-validations": [
+                    {"rule": f"self.matches('{SOURCE_PATTERN}')".replace("\\", "\\\\"), "messageExpression": f"'\\'' + self + '\\' {SOURCE_HELP}'"}
+                ]
             },
         ),
     ]

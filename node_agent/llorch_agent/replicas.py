@@ -5,22 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from llorch_api import ReplicaState
+from llorch_api import ReplicaOrigin, ReplicaState
 
 from .core.slots import Lease, SlotTable
-
-
-class Origin(StrEnum):
-    """How a replica came to this node."""
-
-    ASSIGNED = "assigned"
-    """By the operator, through GPUNode.spec.replicas."""
-    LAUNCHED = "launched"
-    """By a handoff file with a model: the agent launches the engine."""
-    ADOPTED = "adopted"
-    """By a handoff file with a url: somebody else's running engine."""
 
 
 @dataclass(slots=True)
@@ -29,7 +17,7 @@ class Replica:
 
     id: str
     pool: str
-    origin: Origin
+    origin: ReplicaOrigin
     namespace: str = ""
     revision: str = ""
     model: str = ""
