@@ -6,7 +6,7 @@ One contract test-suite runs on all three.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -102,7 +102,7 @@ class Store(Protocol):
         """All objects of `kind`, of one namespace where given."""
         ...
 
-    def watch(self, kind: type[R], *, namespace: str | None = None, name: str | None = None) -> AsyncIterator[Event[R]]:
+    def watch(self, kind: type[R], *, namespace: str | None = None, name: str | None = None) -> AsyncGenerator[Event[R], None]:
         """All objects now (ADDED … SYNCED), then their changes, for ever.
 
         The stream survives lost connections, expired resourceVersions and a silent server by itself: it re-lists, tells what

@@ -1,0 +1,131 @@
+"""Whether and how a replica fits on a node, by live free memory minus what is promised already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llorch_model.core.vram import MemoryNeed, estimate, host_need, memory_settings, split_need
+
+from llorch_api import Desired, Strategy
+
+from .refusal import Cause, Refusal
+from .views import DeviceView, NodeView, PoolView, ReplicaView
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Where a replica would go on a node: MiB per device."""
+
+    node: str
+    devices: dict[str, int]
+
+
+def need_of(pool: PoolView, kind: str) -> MemoryNeed:
+    """Memory that one replica of `pool` takes on a device of `kind` (gpu or cpu)."""
+    settings = memory_settings(pool.engine_args)
+    calculate = host_need if kind == "cpu" else estimate
+    return calculate(
+        pool.shape,
+        slots=pool.slots,
+        context_tokens=pool.context_tokens,
+        kv_cache_type=pool.kv_cache_type,
+        ubatch=settings.ubatch,
+        swa_full=settings.swa_full,
+    )
+
+
+def available(node: NodeView) -> dict[str, int]:
+    """Free MiB per device once every promise is kept."""
+    free = {device.uuid: device.free for device in node.devices}
+    for replica in node.replicas:
+        promised = sum(replica.devices.values())
+        for uuid, share in replica.devices.items():
+            if uuid in free and promised:
+                free[uuid] -= -(-replica.reserved * share // promised)
+    return {uuid: max(0, mib) for uuid, mib in free.items()}
+
+
+def fit(pool: PoolView, node: NodeView) -> Fit | Refusal:
+    """A place for one more replica of `pool` on `node`, or why there is none. One device first, then a split if allowed."""
+    if refusal := _excluded(pool, node):
+        return refusal
+    devices = [device for device in node.devices if device.kind == "gpu" or pool.placement.allow_cpu]
+    if not devices:
+        return Refusal(node.name, Cause.NO_GPU, "has no GPU, and the pool does not allow the CPU (placement.allowCPU)")
+    if any(device.kind == "gpu" for device in devices):
+        devices = [device for device in devices if device.kind == "gpu"]
+    matching = [device for device in devices if device.healthy and _matches(pool, device)]
+    if not matching:
+        sick = sum(not device.healthy for device in devices)
+        return Refusal(node.name, Cause.DEVICE, f"none of {len(devices)} devices matches" + (f", {sick} unhealthy" if sick else ""))
+    return _by_memory(pool, node, matching)
+
+
+def _excluded(pool: PoolView, node: NodeView) -> Refusal | None:
+    wanted = pool.placement
+    if not node.placeable:
+        return Refusal(node.name, Cause.NOT_PLACEABLE, node.why_not or node.liveness.name.capitalize())
+    if wanted.pin is not None and wanted.pin != node.name:
+        return Refusal(node.name, Cause.SELECTOR, f"the pool is pinned to {wanted.pin}")
+    if node.name in wanted.avoid:
+        return Refusal(node.name, Cause.SELECTOR, "the pool avoids it")
+    for label, value in sorted(wanted.node_selector.items()):
+        if node.labels.get(label) != value:
+            return Refusal(node.name, Cause.SELECTOR, f"label {label} is {node.labels.get(label, 'not set')}, not {value}")
+    if pool.present_on is not None and node.name not in pool.present_on:
+        return Refusal(node.name, Cause.MODEL, pool.missing_because or "MODEL_NOT_AVAILABLE: the model is not on this node")
+    if node.name in pool.unfit:
+        return Refusal(node.name, Cause.FAILED, "this revision failed here within the last 10 minutes")
+    if pool.must_fetch and pool.digest not in node.models and pool.model_size > node.disk_free:
+        return Refusal(node.name, Cause.DISK, needed=pool.model_size, free=node.disk_free)
+    return None
+
+
+def _matches(pool: PoolView, device: DeviceView) -> bool:
+    wanted = pool.placement.gpu_selector
+    if wanted.get("name", "").lower() not in device.name.lower():
+        return False
+    if device.total < int(wanted.get("minVramMiB", 0)):
+        return False
+    major, _, minor = wanted.get("minComputeCapability", "0").partition(".")
+    return device.compute_capability >= (int(major), int(minor or 0))
+
+
+def _by_memory(pool: PoolView, node: NodeView, devices: list[DeviceView]) -> Fit | Refusal:
+    free = available(node)
+    need = need_of(pool, devices[0].kind)
+    roomy = [device for device in devices if free[device.uuid] >= need.total_mib]
+    if roomy:
+        most = pool.placement.strategy is Strategy.SPREAD
+        best = min(roomy, key=lambda device: (-free[device.uuid] if most else free[device.uuid], device.uuid))
+        return Fit(node.name, {best.uuid: need.total_mib})
+    ordered = sorted(devices, key=lambda device: (-free[device.uuid], device.uuid))
+    if pool.placement.allow_split:
+        for count in range(2, len(ordered) + 1):
+            chosen = ordered[:count]
+            shares = split_need(need, [free[device.uuid] for device in chosen])
+            if shares is not None:
+                return Fit(node.name, {device.uuid: share for device, share in zip(chosen, shares, strict=True)})
+    nearest = ordered[0]
+    detail = ""
+    if len(ordered) > 1:
+        detail = f" on the roomiest of {len(ordered)} devices"
+        if pool.placement.allow_split:
+            detail += f", {sum(free[device.uuid] for device in ordered):,} over all of them"
+    return Refusal(node.name, Cause.MEMORY, detail, need.total_mib, free[nearest.uuid], nearest.total, nearest.foreign)
+
+
+def occupied(node: NodeView, pool: PoolView, placed: Fit, replica_id: str) -> NodeView:
+    """`node` with the new replica on it, its whole estimate reserved."""
+    replica = ReplicaView(
+        id=replica_id,
+        pool=pool.key,
+        node=node.name,
+        revision=pool.revision,
+        desired=Desired.RUN,
+        devices=placed.devices,
+        slots=pool.slots,
+        reserved=sum(placed.devices.values()),
+        slots_free=pool.slots,
+    )
+    return replace(node, replicas=(*node.replicas, replica))

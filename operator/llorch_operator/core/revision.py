@@ -1,0 +1,33 @@
+"""The revision: a hash of what a replica runs. Another hash is another replica."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from llorch_api import GPUPoolSpec, ResolvedModel
+
+
+def model_identity(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
+    """What names the model's content: its sha256, else the digest of its source, else path and size.
+
+    A file: source is copied from machine to machine with other times, so that only its path and size can count there.
+    """
+    if spec.model.sha256:
+        return f"sha256:{spec.model.sha256}"
+    if spec.model.source.startswith("file:"):
+        return f"{spec.model.source}@{resolved.size_mib}"
+    return resolved.digest or spec.model.source
+
+
+def revision_of(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
+    """Ten hex digits over model, slots, context, KV type and engine arguments."""
+    document = [model_identity(spec, resolved), spec.slots, spec.context_tokens, spec.engine.kv_cache_type, list(spec.engine.args)]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:10]
+
+
+def engine_arguments(spec: GPUPoolSpec) -> list[str]:
+    """The llama-server arguments of an assignment, beyond model, context, slots and devices, which the agent sets."""
+    kind = spec.engine.kv_cache_type
+    cache = [] if kind == "f16" else ["--cache-type-k", kind, "--cache-type-v", kind]
+    return [*cache, *spec.engine.args]

@@ -1,0 +1,119 @@
+"""What placement sees: nodes, their devices and replicas, and pools, as plain frozen values. All sizes in MiB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llorch_api import Desired, ModelShape, PlacementSpec, ReplicaState
+
+from .liveness import Liveness
+
+
+class PoolKey(NamedTuple):
+    """Names a pool."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """One device, with what live readings and reservations leave of it."""
+
+    uuid: str
+    kind: str
+    name: str
+    total: int
+    free: int
+    """As the driver says now."""
+    foreign: int
+    healthy: bool
+    compute_capability: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica: the operator's assignment joined with the agent's report."""
+
+    id: str
+    pool: PoolKey
+    node: str
+    revision: str
+    desired: Desired
+    devices: dict[str, int]
+    """MiB assigned per device."""
+    slots: int
+    state: ReplicaState | None = None
+    """None until the agent has reported it."""
+    reserved: int = 0
+    """MiB of the assignment that the driver does not show as used yet; the whole of it until the agent reports."""
+    slots_free: int = 0
+    message: str = ""
+    late: bool = False
+    """Past its load deadline without being Ready."""
+
+    @property
+    def broken(self) -> bool:
+        """To be replaced by another one."""
+        return self.late or self.state is ReplicaState.FAILED
+
+    @property
+    def ready(self) -> bool:
+        """Serving, by its agent's word."""
+        return self.state is ReplicaState.READY
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """One node."""
+
+    name: str
+    liveness: Liveness
+    placeable: bool
+    """Fresh for long enough, not cordoned, not draining."""
+    why_not: str = ""
+    """Why it is not placeable, for people."""
+    leaving: bool = False
+    """Being drained: its replicas are wanted elsewhere."""
+    labels: dict[str, str] = field(default_factory=dict)
+    devices: tuple[DeviceView, ...] = ()
+    replicas: tuple[ReplicaView, ...] = ()
+    models: frozenset[str] = frozenset()
+    """Digests of the model files it holds."""
+    disk_free: int = 0
+
+    @property
+    def slots_in_use(self) -> int:
+        """Requests that its replicas are answering."""
+        return sum(max(0, replica.slots - replica.slots_free) for replica in self.replicas if replica.ready)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """One pool, its model resolved."""
+
+    key: PoolKey
+    order: str
+    """Creation time and name: older pools are served first."""
+    revision: str
+    replicas: int
+    slots: int
+    context_tokens: int
+    kv_cache_type: str
+    engine_args: tuple[str, ...]
+    placement: PlacementSpec
+    shape: ModelShape
+    digest: str
+    model_size: int
+    must_fetch: bool
+    """True where the model comes over the network and takes disk; False for file: sources."""
+    present_on: frozenset[str] | None = None
+    """Nodes that hold a file: source; None where any node can reach the model."""
+    missing_because: str = ""
+    """What a node outside `present_on` is told."""
+    unfit: frozenset[str] = frozenset()
+    """Nodes where this revision failed within the last minutes."""

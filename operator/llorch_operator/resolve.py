@@ -1,0 +1,183 @@
+"""The resolve step: what a pool's model is, before anything is placed.
+
+https: headers are read here by range requests. A file: source is only known to the nodes that hold it, so their agents are
+asked; which of them have it decides where the pool may go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import aiohttp
+from llorch_model.core.source import SourceError, parse_source
+from llorch_model.errors import ModelError
+from llorch_model.remote import inspect_https
+
+from llorch_api import ConditionReason, GPUPool, ModelShape, ResolvedModel
+
+from .core.pools import Resolution
+
+log = logging.getLogger("llorch.operator.resolve")
+
+_REASONS = {
+    "MODEL_NOT_AVAILABLE": ConditionReason.MODEL_NOT_AVAILABLE,
+    "UNSUPPORTED_SOURCE": ConditionReason.UNSUPPORTED_SOURCE,
+    "DIGEST_MISMATCH": ConditionReason.DIGEST_MISMATCH,
+    "BAD_MODEL": ConditionReason.BAD_MODEL,
+}
+RETRY_SECONDS = (2.0, 5.0, 15.0, 30.0, 60.0)
+"""Waits after a failed attempt; the last one repeats."""
+REFRESH_SECONDS = 60.0
+"""How long an agent's answer about a file: source counts."""
+ASK_TIMEOUT = aiohttp.ClientTimeout(total=15, connect=3)
+
+
+class Want(NamedTuple):
+    """What is resolved: two pools of the same source share it."""
+
+    source: str
+    sha256: str
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One place's last word on a source: an agent's, or the network's (place ``)."""
+
+    model: ResolvedModel | None = None
+    reason: ConditionReason = ConditionReason.MODEL_NOT_AVAILABLE
+    message: str = ""
+    attempts: int = 0
+    due: float = 0.0
+    boot: str = ""
+
+
+@dataclass(slots=True)
+class _Entry:
+    answers: dict[str, _Answer] = field(default_factory=dict)
+    asking: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """An agent that can be asked."""
+
+    base_url: str
+    boot_id: str
+
+
+class Resolver:
+    """Answers at once with what is known and finds out the rest in tasks of `group`; `changed` is set when something new is known."""
+
+    def __init__(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup, changed: asyncio.Event, token: str) -> None:
+        self._session = session
+        self._group = group
+        self._changed = changed
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._entries: dict[Want, _Entry] = {}
+
+    def keep(self, wants: set[Want]) -> None:
+        """Forgets what no pool asks for any more."""
+        self._entries = {want: entry for want, entry in self._entries.items() if want in wants}
+
+    def resolve(self, pool: GPUPool, agents: Mapping[str, Agent], now: float) -> tuple[Resolution, frozenset[str] | None]:
+        """What is known of the pool's model, and the nodes that hold it (None: any node can fetch it)."""
+        want = Want(pool.spec.model.source, pool.spec.model.sha256 or "")
+        entry = self._entries.setdefault(want, _Entry())
+        try:
+            local = parse_source(want.source).scheme == "file"
+        except SourceError as error:
+            return Resolution(None, ConditionReason.UNSUPPORTED_SOURCE, str(error)), None
+        if not local:
+            self._ask(want, entry, "", Agent("", ""), now)
+            return self._network_answer(pool, entry), None
+        for name, agent in agents.items():
+            self._ask(want, entry, name, agent, now)
+        return self._agents_answer(pool, entry, agents)
+
+    def _ask(self, want: Want, entry: _Entry, place: str, agent: Agent, now: float) -> None:
+        answer = entry.answers.get(place)
+        fresh = answer is not None and answer.boot == agent.boot_id and now < answer.due
+        if not fresh and place not in entry.asking:
+            entry.asking.add(place)
+            self._group.create_task(self._find_out(want, entry, place, agent, now))
+
+    async def _find_out(self, want: Want, entry: _Entry, place: str, agent: Agent, now: float) -> None:
+        before = entry.answers.get(place) or _Answer()
+        answer = _Answer(model=before.model, attempts=before.attempts + 1, boot=agent.boot_id)
+        try:
+            answer.model = await (self._ask_agent(want, agent) if place else self._read_header(want))
+            answer.attempts, answer.due = 0, now + REFRESH_SECONDS if place else float("inf")
+        except ModelError as error:
+            answer.model = None
+            answer.reason = _REASONS.get(error.code, ConditionReason.MODEL_NOT_AVAILABLE)
+            answer.message = error.message
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+            # The place did not answer: what it said before still counts, and nothing is concluded from silence.
+            answer.message = f"{place or want.source}: {type(error).__name__}: {error}".rstrip(": ")
+        finally:
+            entry.asking.discard(place)
+        if answer.attempts:
+            answer.due = now + RETRY_SECONDS[min(answer.attempts, len(RETRY_SECONDS)) - 1]
+        entry.answers[place] = answer
+        if (answer.model, answer.message) != (before.model, before.message):
+            log.info("resolved", extra={"source": want.source, "place": place or "network", "outcome": answer.message or "found"})
+            self._changed.set()
+
+    async def _read_header(self, want: Want) -> ResolvedModel:
+        found = await inspect_https(self._session, want.source, sha256=want.sha256 or None)
+        return ResolvedModel(resolved=found.resolved, digest=found.digest, size_mib=-(-found.size_bytes >> 20), shape=found.shape)
+
+    async def _ask_agent(self, want: Want, agent: Agent) -> ResolvedModel:
+        url = f"{agent.base_url}/v2/models/inspect"
+        async with self._session.post(url, json={"source": want.source}, headers=self._headers, timeout=ASK_TIMEOUT) as response:
+            body: dict[str, Any] = await response.json()
+            if response.status == 200:
+                shape = ModelShape.model_validate(body["shape"])
+                return ResolvedModel(resolved=body["resolved"], digest=body["digest"], size_mib=body["sizeMiB"], shape=shape)
+            error = body.get("error", {})
+            if error.get("code") in _REASONS:
+                raise ModelError(error["code"], error.get("message", ""))
+            raise ValueError(f"{response.status} {error.get('message', '')}")
+
+    def _network_answer(self, pool: GPUPool, entry: _Entry) -> Resolution:
+        answer = entry.answers.get("")
+        if answer is not None and answer.model is not None:
+            return Resolution(answer.model)
+        if answer is None:
+            return self._remembered(pool) or Resolution(None, ConditionReason.RESOLVING, "reading the model's header")
+        return self._remembered(pool) or Resolution(None, answer.reason, answer.message)
+
+    def _agents_answer(
+        self, pool: GPUPool, entry: _Entry, agents: Mapping[str, Agent]
+    ) -> tuple[Resolution, frozenset[str] | None]:
+        answers = {name: answer for name, answer in entry.answers.items() if name in agents}
+        holders = {name: answer.model for name, answer in answers.items() if answer.model is not None}
+        if holders:
+            # All of them should hold the same file; where they differ the first by name is what the pool runs.
+            model = holders[min(holders)]
+            same = frozenset(name for name, other in holders.items() if other.size_mib == model.size_mib)
+            return Resolution(model), same
+        waiting = agents.keys() - answers.keys()
+        if remembered := self._remembered(pool):
+            return remembered, frozenset()
+        if waiting or not agents:
+            text = f"asking {len(waiting)} agents for {pool.spec.model.source}" if agents else "no agent is there to ask for the file"
+            return Resolution(None, ConditionReason.RESOLVING, text), frozenset()
+        worst = next((a for a in answers.values() if a.reason is not ConditionReason.MODEL_NOT_AVAILABLE), None)
+        if worst is not None:
+            return Resolution(None, worst.reason, worst.message), frozenset()
+        said = "; ".join(f"{name}: {answers[name].message}" for name in sorted(answers)[:10])
+        more = f"; and {len(answers) - 10} other nodes" if len(answers) > 10 else ""
+        return Resolution(None, ConditionReason.MODEL_NOT_AVAILABLE, f"MODEL_NOT_AVAILABLE: {said}{more}"), frozenset()
+
+    @staticmethod
+    def _remembered(pool: GPUPool) -> Resolution | None:
+        """What the pool's status says of this very spec: an operator that starts anew does not forget what runs."""
+        known = pool.status.model
+        if known is None or not known.digest or pool.status.observed_generation != pool.metadata.generation:
+            return None
+        return Resolution(known)
