@@ -86,7 +86,7 @@ def render(kind: type[GPUNode] | type[GPUPool]) -> str:
     """The YAML file of `kind`."""
 
     class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: object) -> bool:
+        def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - PyYAML's signature
             return True
 
     return HEADER + yaml.dump(definition(kind), Dumper=Dumper, sort_keys=False, width=130, allow_unicode=True)
@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             if options.check:
                 stale = True
-                sys.stderr.writelines(difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), str(path), "generated"))
+                sys.stderr.writelines(
+                    difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), str(path), "generated")
+                )
             else:
                 directory.mkdir(parents=True, exist_ok=True)
                 path.write_text(wanted)
@@ -119,4 +121,3 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(main())
-

@@ -78,7 +78,9 @@ class GPUNodeSpec(ApiModel):
     drain: Annotated[DrainSpec | None, Field(description="Set to move this node's replicas elsewhere.")] = None
     replicas: Annotated[
         dict[str, Assignment],
-        Field(max_length=MAX_REPLICAS, description="Assignments by replica id, written by the operator.", json_schema_extra=ATOMIC),
+        Field(
+            max_length=MAX_REPLICAS, description="Assignments by replica id, written by the operator.", json_schema_extra=ATOMIC
+        ),
     ] = {}
 
 
@@ -114,7 +116,9 @@ class Heartbeat(ApiModel):
 class NodeFacts(ApiModel):
     """Copied from the Kubernetes Node by its agent; at home from the settings."""
 
-    labels: Annotated[dict[str, Bounded64], Field(max_length=64, description="Labels that nodeSelector matches.", json_schema_extra=ATOMIC)] = {}
+    labels: Annotated[
+        dict[str, Bounded64], Field(max_length=64, description="Labels that nodeSelector matches.", json_schema_extra=ATOMIC)
+    ] = {}
     zone: Annotated[Bounded64, Field(description="topology.kubernetes.io/zone.")] = ""
     unschedulable: Annotated[bool, Field(description="True while the Node is cordoned.")] = False
 
@@ -173,11 +177,13 @@ class ReplicaOrigin(StrEnum):
 class ReplicaStatus(ApiModel):
     """One engine of this node."""
 
-    origin: Annotated[ReplicaOrigin, Field(description="assigned by the operator; launched or adopted through a handoff file.")] = (
-        ReplicaOrigin.ASSIGNED
-    )
+    origin: Annotated[
+        ReplicaOrigin, Field(description="assigned by the operator; launched or adopted through a handoff file.")
+    ] = ReplicaOrigin.ASSIGNED
     pool: Annotated[Bounded64, Field(description="Its pool.")] = ""
-    state: Annotated[ReplicaState, Field(description="Pending, Fetching, Loading, Ready, Draining, Stopped or Failed.")] = ReplicaState.PENDING
+    state: Annotated[ReplicaState, Field(description="Pending, Fetching, Loading, Ready, Draining, Stopped or Failed.")] = (
+        ReplicaState.PENDING
+    )
     slots_total: Annotated[Slots, Field(description="Concurrent sequences of the engine.")] = 0
     slots_free: Annotated[Slots, Field(description="Slots without a lease at the last beat.")] = 0
     revision: Annotated[Bounded64, Field(description="What it runs.")] = ""
@@ -185,9 +191,7 @@ class ReplicaStatus(ApiModel):
     message: Annotated[Bounded256, Field(description="Why it is not Ready, or how it failed.")] = ""
     restarts: Annotated[int, Field(ge=0, description="Times the engine was started again.")] = 0
     vram_mib: Annotated[Mebibytes, Field(description="Memory it uses as measured, MiB.")] = 0
-    reserved_mib: Annotated[
-        Mebibytes, Field(description="MiB it was promised and the driver does not show as used yet.")
-    ] = 0
+    reserved_mib: Annotated[Mebibytes, Field(description="MiB it was promised and the driver does not show as used yet.")] = 0
 
 
 class CachedModel(ApiModel):
@@ -234,7 +238,9 @@ class GPUNodeStatus(ApiModel):
         dict[str, CachedModel],
         Field(max_length=MAX_MODELS, description="Model files by digest, newest 32.", json_schema_extra=ATOMIC),
     ] = {}
-    summary: Annotated[NodeSummary, Field(description="Display strings of the columns.", json_schema_extra=ATOMIC)] = NodeSummary()
+    summary: Annotated[NodeSummary, Field(description="Display strings of the columns.", json_schema_extra=ATOMIC)] = (
+        NodeSummary()
+    )
     phase: Annotated[
         NodePhase | None, Field(description="Registering, Online, Suspect, Draining, Offline or Lost; derived by the operator.")
     ] = None

@@ -30,20 +30,33 @@ class ModelSpec(ApiModel):
         Field(
             min_length=5,
             max_length=256,
-            description="Where the GGUF is: file:/path (on the nodes), https://…, hf:org/repo[/file.gguf][@rev], s3://bucket/key; or handoff:.",
+            description="Where the GGUF is: file:/path (on the nodes), https://…, hf:org/repo[/file.gguf][@rev], s3://bucket/key; "
+            "handoff: where engines come by handoff files.",
             json_schema_extra={
                 "x-kubernetes-validations": [
-                    {"rule": f"self.matches('{SOURCE_PATTERN}')".replace("\\", "\\\\"), "messageExpression": f"'\\'' + self + '\\' {SOURCE_HELP}'"}
+                    {
+                        "rule": f"self.matches('{SOURCE_PATTERN}')".replace("\\", "\\\\"),
+                        "messageExpression": f"'\\'' + self + '\\' {SOURCE_HELP}'",
+                    }
                 ]
             },
         ),
     ]
     sha256: Annotated[
         str | None,
-        Field(pattern=r"^[0-9a-f]{64}$", max_length=64, description="Expected sha256 of the file, 64 hex digits. A file that differs is refused."),
+        Field(
+            pattern=r"^[0-9a-f]{64}$",
+            max_length=64,
+            description="Expected sha256 of the file, 64 hex digits. A file that differs is refused.",
+        ),
     ] = None
     aliases: Annotated[
-        list[Bounded64], Field(max_length=16, description="Further names that the gateway answers to.", json_schema_extra={"x-kubernetes-list-type": "set"})
+        list[Bounded64],
+        Field(
+            max_length=16,
+            description="Further names that the gateway answers to.",
+            json_schema_extra={"x-kubernetes-list-type": "set"},
+        ),
     ] = []
 
     @field_validator("source")
@@ -110,7 +123,8 @@ class PlacementSpec(ApiModel):
                         "message": "minVramMiB must be a whole number of MiB",
                     },
                     {
-                        "rule": "!('minComputeCapability' in self) || self['minComputeCapability'].matches('^[0-9]+([.][0-9]+)?$')",
+                        "rule": "!('minComputeCapability' in self) || "
+                        "self['minComputeCapability'].matches('^[0-9]+([.][0-9]+)?$')",
                         "message": "minComputeCapability must be like 8.6",
                     },
                 ],
@@ -120,7 +134,9 @@ class PlacementSpec(ApiModel):
     strategy: Annotated[Strategy, Field(description="pack, or spread over nodes.")] = Strategy.SPREAD
     pin: Annotated[Name | None, Field(description="The one node to run on.")] = None
     avoid: Annotated[list[Name], Field(max_length=64, description="Nodes to keep off.")] = []
-    allow_split: Annotated[bool, Field(description="Spread one replica over several GPUs of a node where none alone has room.")] = False
+    allow_split: Annotated[
+        bool, Field(description="Spread one replica over several GPUs of a node where none alone has room.")
+    ] = False
     allow_cpu: Annotated[bool, Field(alias="allowCPU", description="Run on nodes without a GPU, in host memory.")] = False
 
     @field_validator("gpu_selector")
@@ -143,7 +159,10 @@ class PlacementSpec(ApiModel):
         return self
 
 
-PIN_RULE = {"rule": "!has(self.pin) || !has(self.avoid) || !(self.pin in self.avoid)", "message": "pin names a node that avoid excludes"}
+PIN_RULE = {
+    "rule": "!has(self.pin) || !has(self.avoid) || !(self.pin in self.avoid)",
+    "message": "pin names a node that avoid excludes",
+}
 
 
 class GPUPoolSpec(ApiModel):
@@ -217,7 +236,11 @@ class GPUPoolStatus(ApiModel):
     model: Annotated[ResolvedModel | None, Field(description="What the model turned out to be.", json_schema_extra=ATOMIC)] = None
     endpoints: Annotated[
         dict[str, Endpoint],
-        Field(max_length=MAX_REPLICAS, description="Replicas in routing, by id. Gateways read this and nothing else.", json_schema_extra=ATOMIC),
+        Field(
+            max_length=MAX_REPLICAS,
+            description="Replicas in routing, by id. Gateways read this and nothing else.",
+            json_schema_extra=ATOMIC,
+        ),
     ] = {}
     replicas: Annotated[
         dict[str, PoolReplica], Field(max_length=64, description="Replicas by id, as their agents report them; none above 64.")
@@ -246,7 +269,11 @@ class GPUPool(Resource):
     CRD: ClassVar[dict[str, Any]] = {
         "singular": "gpupool",
         "shortNames": ["lgp"],
-        "scale": {"specReplicasPath": ".spec.replicas", "statusReplicasPath": ".status.current", "labelSelectorPath": ".status.selector"},
+        "scale": {
+            "specReplicasPath": ".spec.replicas",
+            "statusReplicasPath": ".status.current",
+            "labelSelectorPath": ".status.selector",
+        },
         "columns": [
             ("Model", "string", ".spec.model.source", 0, "Where the model comes from."),
             ("Desired", "integer", ".status.desired", 0, "Replicas wanted."),

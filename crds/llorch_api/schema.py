@@ -36,7 +36,9 @@ def _without_defaults(node: Any) -> Any:
     if isinstance(node, dict):
         names = node.get("properties")
         kept = {key: _without_defaults(value) for key, value in node.items() if key not in ("default", "properties")}
-        return kept if names is None else {**kept, "properties": {name: _without_defaults(child) for name, child in names.items()}}
+        return (
+            kept if names is None else {**kept, "properties": {name: _without_defaults(child) for name, child in names.items()}}
+        )
     return [_without_defaults(item) for item in node] if isinstance(node, list) else node
 
 

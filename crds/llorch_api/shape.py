@@ -19,7 +19,9 @@ class ModelShape(ApiModel):
     embedding_length: Annotated[Count, Field(description="Width of the residual stream.")] = 0
     vocab_size: Annotated[Count, Field(description="Tokens in the vocabulary.")] = 0
     context_length: Annotated[Count, Field(description="Context the model was trained for, in tokens.")] = 0
-    weights_mib: Annotated[Mebibytes, Field(description="Weights that live on the devices when all layers are offloaded, MiB.")] = 0
+    weights_mib: Annotated[
+        Mebibytes, Field(description="Weights that live on the devices when all layers are offloaded, MiB.")
+    ] = 0
     host_mib: Annotated[Mebibytes, Field(description="Weights that stay in host memory (the token embedding), MiB.")] = 0
     kv_key_elements: Annotated[Count, Field(description="Key elements per token, summed over full-attention layers.")] = 0
     kv_value_elements: Annotated[Count, Field(description="Value elements per token, summed over full-attention layers.")] = 0

@@ -29,7 +29,15 @@ def _routine(old: GPUNode, new: GPUNode) -> bool:
         status = node.status
         devices = {uuid: (d.health, d.vram_total_mib, d.foreign_mib // 512) for uuid, d in status.devices.items()}
         replicas = {rid: (r.state, r.slots_total, r.revision, r.message, r.reserved_mib) for rid, r in status.replicas.items()}
-        return (node.metadata.generation, node.metadata.uid, status.agent, status.node, devices, replicas, frozenset(status.models))
+        return (
+            node.metadata.generation,
+            node.metadata.uid,
+            status.agent,
+            status.node,
+            devices,
+            replicas,
+            frozenset(status.models),
+        )
 
     return essence(old) == essence(new)
 

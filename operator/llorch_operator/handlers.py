@@ -11,8 +11,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 import kopf
-from llorch_api import GROUP, VERSION, GPUNode, GPUPool
 from pydantic import ValidationError
+
+from llorch_api import GROUP, VERSION, GPUNode, GPUPool
 
 from .core.views import PoolKey
 from .fleet import Fleet

@@ -28,7 +28,13 @@ class PoolStatusWriter:
     """Composes and writes the operator's part of every pool's status."""
 
     def __init__(
-        self, store: Store, fleet: Fleet, events: Events, clock: Callable[[], float], wall_clock: Callable[[], str], namespace: str
+        self,
+        store: Store,
+        fleet: Fleet,
+        events: Events,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], str],
+        namespace: str,
     ) -> None:
         self._store = store
         self._fleet = fleet
@@ -96,7 +102,11 @@ class PoolStatusWriter:
         known = {item.type: item for item in pool.status.conditions}
         for item in status.conditions:
             before = known.get(item.type)
-            if item.type == "Placed" and item.status is ConditionStatus.FALSE and (before is None or before.message != item.message):
+            if (
+                item.type == "Placed"
+                and item.status is ConditionStatus.FALSE
+                and (before is None or before.message != item.message)
+            ):
                 self._refused[key] = self._clock()
                 self._events.emit(pool, warning=True, reason=item.reason, message=item.message)
             elif item.type == "Available" and (before is None or before.status is not item.status):

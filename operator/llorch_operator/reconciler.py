@@ -248,7 +248,8 @@ class Reconciler:
     def _tell(self, node: GPUNode, transition: Transition) -> None:
         after = transition.after
         if after >= Liveness.OFFLINE:
-            text = f"{transition.node}: {transition.before.name.capitalize()} → {after.name.capitalize()}, last beat {transition.silent_for:.1f} s ago"
+            change = f"{transition.before.name.capitalize()} → {after.name.capitalize()}"
+            text = f"{transition.node}: {change}, last beat {transition.silent_for:.1f} s ago"
             self._events.emit(node, warning=True, reason=f"Node{after.name.capitalize()}", message=text)
         elif after is Liveness.FRESH and transition.before >= Liveness.OFFLINE:
             self._events.emit(node, warning=False, reason="NodeOnline", message=f"{transition.node} beats again")
@@ -265,6 +266,3 @@ class Reconciler:
 
 def _random_suffix() -> str:
     return "".join(secrets.choice("bcdfghjklmnpqrstvwxz2456789") for _ in range(5))
-
-
-

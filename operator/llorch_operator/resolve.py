@@ -70,7 +70,7 @@ class Agent:
 
 
 class Resolver:
-    """Answers at once with what is known and finds out the rest in tasks of `group`; `changed` is set when something new is known."""
+    """Answers at once with what is known; tasks of `group` find out the rest and set `changed` when they learn something."""
 
     def __init__(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup, changed: asyncio.Event, token: str) -> None:
         self._session = session
@@ -165,7 +165,11 @@ class Resolver:
         if remembered := self._remembered(pool):
             return remembered, frozenset()
         if waiting or not agents:
-            text = f"asking {len(waiting)} agents for {pool.spec.model.source}" if agents else "no agent is there to ask for the file"
+            text = (
+                f"asking {len(waiting)} agents for {pool.spec.model.source}"
+                if agents
+                else "no agent is there to ask for the file"
+            )
             return Resolution(None, ConditionReason.RESOLVING, text), frozenset()
         worst = next((a for a in answers.values() if a.reason is not ConditionReason.MODEL_NOT_AVAILABLE), None)
         if worst is not None:

@@ -24,7 +24,9 @@ class OperatorSettings(BaseSettings):
     """Seconds from its assignment until a replica must be Ready; past them another node is tried."""
     namespace: str = Field("default", min_length=1, max_length=63, validation_alias="LLORCH_NAMESPACE")
     """Namespace of the operator and its agents; pools that handoff files name are made in it."""
-    agent_selector: str = Field("app.kubernetes.io/component=agent", validation_alias="LLORCH_AGENT_SELECTOR", pattern=r"^[^=,]+=[^=,]+$")
+    agent_selector: str = Field(
+        "app.kubernetes.io/component=agent", validation_alias="LLORCH_AGENT_SELECTOR", pattern=r"^[^=,]+=[^=,]+$"
+    )
     """Label of the agents' pods, key=value. The host of a replica's URL is its pod's IP, never what an agent claims."""
     store: str | None = Field(None, validation_alias="LLORCH_STORE", pattern=r"^(kubernetes|sqlite:.+)$")
     """kubernetes, or sqlite:PATH. Without it: kubernetes inside a cluster, else sqlite:.runtime/llorch.db."""

@@ -29,4 +29,6 @@ def node_patch(node: GPUNode, phase: NodePhase, conditions: list[Condition], now
 def pool_patch(pool: GPUPool, status: GPUPoolStatus) -> dict[str, Any]:
     """The operator's fields, where they differ from the pool's."""
     have, wanted = pool.status.to_json(), status.to_json()
-    return merge_diff({key: have[key] for key in POOL_FIELDS if key in have}, {key: wanted[key] for key in POOL_FIELDS if key in wanted})
+    return merge_diff(
+        {key: have[key] for key in POOL_FIELDS if key in have}, {key: wanted[key] for key in POOL_FIELDS if key in wanted}
+    )

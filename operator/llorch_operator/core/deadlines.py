@@ -52,6 +52,10 @@ class Deadlines:
 
     def next_change(self, now: float) -> float | None:
         """When something becomes late or fit again; None when nothing will."""
-        pending = [at + self._load_deadline for rid, at in self._first_seen.items() if rid not in self._served and rid not in self._failed]
+        pending = [
+            at + self._load_deadline
+            for rid, at in self._first_seen.items()
+            if rid not in self._served and rid not in self._failed
+        ]
         times = [time for time in [*pending, *self._unfit.values()] if time > now]
         return min(times, default=None)

@@ -57,7 +57,9 @@ def fit(pool: PoolView, node: NodeView) -> Fit | Refusal:
     matching = [device for device in devices if device.healthy and _matches(pool, device)]
     if not matching:
         sick = sum(not device.healthy for device in devices)
-        return Refusal(node.name, Cause.DEVICE, f"none of {len(devices)} devices matches" + (f", {sick} unhealthy" if sick else ""))
+        return Refusal(
+            node.name, Cause.DEVICE, f"none of {len(devices)} devices matches" + (f", {sick} unhealthy" if sick else "")
+        )
     return _by_memory(pool, node, matching)
 
 

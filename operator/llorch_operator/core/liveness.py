@@ -76,7 +76,15 @@ class LivenessTracker:
         """True while the guard holds demotions to Lost."""
 
     def observe(
-        self, node: str, *, uid: str, token: str, interval: float, now: float, stopped: bool = False, recorded: Liveness = Liveness.FRESH
+        self,
+        node: str,
+        *,
+        uid: str,
+        token: str,
+        interval: float,
+        now: float,
+        stopped: bool = False,
+        recorded: Liveness = Liveness.FRESH,
     ) -> Transition | None:
         """Takes in what the node's object says. `recorded` is the state its status names, used only at first sight.
 

@@ -31,7 +31,9 @@ def token_of(node: GPUNode) -> str:
 
 def recorded(node: GPUNode) -> Liveness:
     """The liveness that the node's status names."""
-    return {NodePhase.OFFLINE: Liveness.OFFLINE, NodePhase.LOST: Liveness.LOST}.get(node.status.phase or NodePhase.ONLINE, Liveness.FRESH)
+    return {NodePhase.OFFLINE: Liveness.OFFLINE, NodePhase.LOST: Liveness.LOST}.get(
+        node.status.phase or NodePhase.ONLINE, Liveness.FRESH
+    )
 
 
 def phase_of(node: GPUNode, pulse: Pulse) -> NodePhase:
@@ -125,7 +127,9 @@ def conditions_of(node: GPUNode, pulse: Pulse) -> list[Condition]:
         if node.status.agent.state is AgentState.STOPPED:
             ready = condition("Ready", False, "AgentStopped", "the agent ended on request", generation)
         else:
-            text = "no heartbeat within the time-out; its replicas " + ("are placed elsewhere" if phase is NodePhase.LOST else "get no requests")
+            text = "no heartbeat within the time-out; its replicas " + (
+                "are placed elsewhere" if phase is NodePhase.LOST else "get no requests"
+            )
             ready = condition("Ready", None, "HeartbeatMissed", text, generation)
     elif phase is NodePhase.REGISTERING:
         ready = condition("Ready", False, "Registering", "no heartbeat yet", generation)

@@ -158,7 +158,13 @@ def _least_wanted(replicas: Sequence[tuple[NodeView, ReplicaView]]) -> list[tupl
         per_node[node.name] = per_node.get(node.name, 0) + 1
     return sorted(
         replicas,
-        key=lambda item: (item[1].ready, -item[0].liveness, -per_node[item[0].name], item[1].slots - item[1].slots_free, item[1].id),
+        key=lambda item: (
+            item[1].ready,
+            -item[0].liveness,
+            -per_node[item[0].name],
+            item[1].slots - item[1].slots_free,
+            item[1].id,
+        ),
     )
 
 

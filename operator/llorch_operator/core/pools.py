@@ -57,7 +57,9 @@ def _count(pool: PoolKey, nodes: Iterable[Seen], handoff_namespace: str) -> _Cou
     placed, holders = 0, 0
     for seen in sorted(nodes, key=lambda seen: seen.node.metadata.name):
         node = seen.node
-        running = {eid: rid for eid, rid in members(pool, seen, handoff_namespace).items() if desired_of(node, rid) is Desired.RUN}
+        running = {
+            eid: rid for eid, rid in members(pool, seen, handoff_namespace).items() if desired_of(node, rid) is Desired.RUN
+        }
         placed += len(running)
         holders += bool(running)
         for endpoint_id, replica_id in sorted(running.items()):

@@ -22,7 +22,13 @@ def model_identity(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
 
 def revision_of(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
     """Ten hex digits over model, slots, context, KV type and engine arguments."""
-    document = [model_identity(spec, resolved), spec.slots, spec.context_tokens, spec.engine.kv_cache_type, list(spec.engine.args)]
+    document = [
+        model_identity(spec, resolved),
+        spec.slots,
+        spec.context_tokens,
+        spec.engine.kv_cache_type,
+        list(spec.engine.args),
+    ]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:10]
 
 
