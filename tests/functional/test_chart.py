@@ -1,0 +1,190 @@
+"""The chart renders what the design says, and refuses values that do not fit. Needs helm, no cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llorch_api import GPUPool
+from llorch_api.gpunode import AGENT_STATUS_FIELDS, GPUNodeStatus
+from llorch_api.gpupool import GPUPoolStatus
+
+pytestmark = pytest.mark.functional
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "llorch"
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """Path of helm: built by tests/cluster/tools.sh where there is none."""
+    built = Path(os.environ.get("LLORCH_CACHE", Path.home() / ".cache" / "llorch")) / "cluster" / "bin" / "helm"
+    if built.exists():
+        return str(built)
+    if found := shutil.which("helm"):
+        return found
+    subprocess.run([ROOT / "tests" / "cluster" / "tools.sh", "helm"], check=True, timeout=900)
+    return str(built)
+
+
+def render(helm: str, *arguments: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [helm, "template", "llorch", CHART, "--namespace", "serving", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    [found] = [d for d in documents if d["kind"] == kind and d["metadata"]["name"] == name]
+    return found
+
+
+def container(workload: dict[str, Any]) -> dict[str, Any]:
+    [only] = workload["spec"]["template"]["spec"]["containers"]
+    return only
+
+
+def verbs(role: dict[str, Any]) -> dict[str, set[str]]:
+    return {
+        f"{group}/{resource}": set(r["verbs"]) for r in role["rules"] for group in r["apiGroups"] for resource in r["resources"]
+    }
+
+
+def test_the_chart_lints_clean(helm: str) -> None:
+    done = subprocess.run([helm, "lint", "--strict", CHART], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[WARNING]" not in done.stdout + done.stderr
+
+
+def test_every_document_of_the_default_install_is_known(helm: str) -> None:
+    found = sorted(f"{d['kind']}/{d['metadata']['name']}" for d in render(helm))
+    assert found == [
+        "ClusterRole/llorch-agent",
+        "ClusterRole/llorch-operator",
+        "ClusterRoleBinding/llorch-agent",
+        "ClusterRoleBinding/llorch-operator",
+        "DaemonSet/llorch-agent",
+        "Deployment/llorch-gateway",
+        "Deployment/llorch-operator",
+        "PriorityClass/llorch-agent",
+        "Role/llorch-gateway",
+        "Role/llorch-operator",
+        "RoleBinding/llorch-gateway",
+        "RoleBinding/llorch-operator",
+        "Secret/llorch-token",
+        "Service/llorch-gateway",
+        "ServiceAccount/llorch-agent",
+        "ServiceAccount/llorch-gateway",
+        "ServiceAccount/llorch-operator",
+        "ValidatingAdmissionPolicy/llorch-agent-own-node",
+        "ValidatingAdmissionPolicyBinding/llorch-agent-own-node",
+    ]
+
+
+def test_every_container_runs_unprivileged_on_a_read_only_root_with_probes(helm: str) -> None:
+    workloads = [d for d in render(helm) if d["kind"] in ("Deployment", "DaemonSet")]
+    assert len(workloads) == 3
+    for workload in workloads:
+        pod, main = workload["spec"]["template"]["spec"], container(workload)
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert main["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert all(main[probe]["httpGet"]["path"] == "/health" for probe in ("startupProbe", "readinessProbe", "livenessProbe"))
+        assert {"name": "LLORCH_API_TOKEN_FILE", "value": "/etc/llorch/token"} in main["env"]
+
+
+def test_there_is_one_operator_and_the_old_one_ends_before_the_next_starts(helm: str) -> None:
+    operator = one(render(helm), "Deployment", "llorch-operator")
+    assert operator["spec"]["replicas"] == 1
+    assert operator["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_agent_says_where_it_is_from_the_downward_api(helm: str) -> None:
+    environment = {
+        e["name"]: e.get("value", e.get("valueFrom")) for e in container(one(render(helm), "DaemonSet", "llorch-agent"))["env"]
+    }
+    assert environment["NODE_NAME"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+    assert environment["POOL_MANAGERD_NODE_ID"] == "$(NODE_NAME)"
+    assert environment["POOL_MANAGERD_ADDRESS"] == "http://$(POD_IP):9200"
+    assert environment["POOL_MANAGERD_ADDR"] == "0.0.0.0:9200"
+
+
+def test_each_component_may_do_what_it_does_and_nothing_else(helm: str) -> None:
+    documents = render(helm)
+    assert verbs(one(documents, "Role", "llorch-gateway")) == {"llorch.dev/gpupools": {"get", "list", "watch"}}
+    agent = verbs(one(documents, "ClusterRole", "llorch-agent"))
+    assert agent["llorch.dev/gpunodes/status"] == {"patch"}
+    assert agent["/nodes"] == {"get"}
+    operator = verbs(one(documents, "ClusterRole", "llorch-operator"))
+    assert operator["llorch.dev/gpupools/status"] == {"patch"}
+    # Nobody deletes nodes, reads secrets, or has a wildcard.
+    for role in (d for d in documents if d["kind"] in ("Role", "ClusterRole")):
+        granted = verbs(role)
+        assert "/secrets" not in granted
+        assert "delete" not in granted.get("llorch.dev/gpunodes", set())
+        assert not any("*" in key or "*" in value for key, value in granted.items())
+
+
+def test_the_gateway_reads_the_pools_of_the_namespace_that_it_serves(helm: str) -> None:
+    documents = render(helm, "--set", "gateway.namespace=models")
+    assert one(documents, "Role", "llorch-gateway")["metadata"]["namespace"] == "models"
+    assert {"name": "LLORCH_NAMESPACE", "value": "models"} in container(one(documents, "Deployment", "llorch-gateway"))["env"]
+
+
+def test_the_admission_policy_names_every_field_that_is_not_the_agents(helm: str) -> None:
+    policy = one(render(helm), "ValidatingAdmissionPolicy", "llorch-agent-own-node")
+    rules = " ".join(v["expression"] for v in policy["spec"]["validations"])
+    pool = {field.alias or name for name, field in GPUPoolStatus.model_fields.items()} - {"replicas"}
+    node = {field.alias or name for name, field in GPUNodeStatus.model_fields.items()} - set(AGENT_STATUS_FIELDS)
+    missing = [name for name in sorted(pool | node) if f"object.?status.?{name} == oldObject.?status.?{name}" not in rules]
+    assert not missing
+    assert "system:serviceaccount:serving:llorch-agent" in policy["spec"]["matchConditions"][0]["expression"]
+
+
+@pytest.mark.parametrize(
+    ("access", "limits", "visible"),
+    [("request", {"nvidia.com/gpu": 4}, None), ("visible", None, "all"), ("none", None, None)],
+)
+def test_gpus_are_requested_or_made_visible_as_asked(helm: str, access: str, limits: object, visible: str | None) -> None:
+    agent = container(one(render(helm, "--set", f"agent.gpuAccess={access},agent.gpusPerNode=4"), "DaemonSet", "llorch-agent"))
+    assert agent["resources"].get("limits") == limits
+    assert next((e["value"] for e in agent["env"] if e["name"] == "NVIDIA_VISIBLE_DEVICES"), None) == visible
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("agent.gpuAccess=all", "/agent/gpuAccess': value must be one of 'request', 'visible', 'none'"),
+        ("operator.nodeTimeoutMs=10", "/operator/nodeTimeoutMs': minimum: got 10, want 5,000"),
+        ("agent.heartbeet=1", "/agent': additional properties 'heartbeet' not allowed"),
+        ("gateway.service.type=Nodeport", "/gateway/service/type': value must be one of 'ClusterIP', 'NodePort', 'LoadBalancer'"),
+        ("agent.modelsHostPath=models", "/agent/modelsHostPath': 'models' does not match pattern"),
+        ("gateway.replicas=0", "/gateway/replicas': minimum: got 0, want 1"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_name(helm: str, value: str, message: str) -> None:
+    done = subprocess.run([helm, "template", "llorch", CHART, "--set", value], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_the_chart_installs_the_generated_crds() -> None:
+    for plural in ("gpunodes", "gpupools"):
+        assert (CHART / "crds" / f"{plural}.yaml").read_text() == (ROOT / "crds" / f"{plural}.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy" / "examples").glob("pool-*.yaml")), ids=lambda path: path.name)
+def test_the_example_pools_are_valid(path: Path) -> None:
+    pools = [GPUPool.model_validate(document) for document in yaml.safe_load_all(path.read_text())]
+    assert pools
