@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import aiohttp
-from llorch_model.core.source import SourceError, parse_source
-from llorch_model.errors import ModelError
+from llorch_model.core.errors import ModelError, UnsupportedSource
+from llorch_model.core.source import local_path
 from llorch_model.remote import inspect_https
 
 from llorch_api import ConditionReason, GPUPool, ModelShape, ResolvedModel
@@ -23,7 +23,7 @@ from .core.pools import Resolution
 
 log = logging.getLogger("llorch.operator.resolve")
 
-_REASONS = {
+_REASONS: dict[str, ConditionReason] = {
     "MODEL_NOT_AVAILABLE": ConditionReason.MODEL_NOT_AVAILABLE,
     "UNSUPPORTED_SOURCE": ConditionReason.UNSUPPORTED_SOURCE,
     "DIGEST_MISMATCH": ConditionReason.DIGEST_MISMATCH,
@@ -34,6 +34,14 @@ RETRY_SECONDS = (2.0, 5.0, 15.0, 30.0, 60.0)
 REFRESH_SECONDS = 60.0
 """How long an agent's answer about a file: source counts."""
 ASK_TIMEOUT = aiohttp.ClientTimeout(total=15, connect=3)
+
+
+class _Refused(Exception):
+    """A place that was asked said no."""
+
+    def __init__(self, reason: ConditionReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Want(NamedTuple):
@@ -88,9 +96,9 @@ class Resolver:
         want = Want(pool.spec.model.source, pool.spec.model.sha256 or "")
         entry = self._entries.setdefault(want, _Entry())
         try:
-            local = parse_source(want.source).scheme == "file"
-        except SourceError as error:
-            return Resolution(None, ConditionReason.UNSUPPORTED_SOURCE, str(error)), None
+            local = local_path(want.source) is not None
+        except UnsupportedSource as error:
+            return Resolution(None, ConditionReason.UNSUPPORTED_SOURCE, error.message), None
         if not local:
             self._ask(want, entry, "", Agent("", ""), now)
             return self._network_answer(pool, entry), None
@@ -111,10 +119,8 @@ class Resolver:
         try:
             answer.model = await (self._ask_agent(want, agent) if place else self._read_header(want))
             answer.attempts, answer.due = 0, now + REFRESH_SECONDS if place else float("inf")
-        except ModelError as error:
-            answer.model = None
-            answer.reason = _REASONS.get(error.code, ConditionReason.MODEL_NOT_AVAILABLE)
-            answer.message = error.message
+        except _Refused as error:
+            answer.model, answer.reason, answer.message = None, error.reason, str(error)
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
             # The place did not answer: what it said before still counts, and nothing is concluded from silence.
             answer.message = f"{place or want.source}: {type(error).__name__}: {error}".rstrip(": ")
@@ -128,7 +134,10 @@ class Resolver:
             self._changed.set()
 
     async def _read_header(self, want: Want) -> ResolvedModel:
-        found = await inspect_https(self._session, want.source, sha256=want.sha256 or None)
+        try:
+            found = await inspect_https(self._session, want.source, sha256=want.sha256 or None)
+        except ModelError as error:
+            raise _Refused(_REASONS.get(error.code, ConditionReason.MODEL_NOT_AVAILABLE), error.message) from error
         return ResolvedModel(resolved=found.resolved, digest=found.digest, size_mib=-(-found.size_bytes >> 20), shape=found.shape)
 
     async def _ask_agent(self, want: Want, agent: Agent) -> ResolvedModel:
@@ -140,7 +149,7 @@ class Resolver:
                 return ResolvedModel(resolved=body["resolved"], digest=body["digest"], size_mib=body["sizeMiB"], shape=shape)
             error = body.get("error", {})
             if error.get("code") in _REASONS:
-                raise ModelError(error["code"], error.get("message", ""))
+                raise _Refused(_REASONS[error["code"]], error.get("message", ""))
             raise ValueError(f"{response.status} {error.get('message', '')}")
 
     def _network_answer(self, pool: GPUPool, entry: _Entry) -> Resolution:

@@ -20,17 +20,29 @@ class Fit:
     devices: dict[str, int]
 
 
-def need_of(pool: PoolView, kind: str) -> MemoryNeed:
-    """Memory that one replica of `pool` takes on a device of `kind` (gpu or cpu)."""
+def need_of(pool: PoolView, kind: str, devices: int = 1) -> MemoryNeed:
+    """Memory that one replica of `pool` takes over `devices` devices of `kind` (gpu or cpu)."""
     settings = memory_settings(pool.engine_args)
-    calculate = host_need if kind == "cpu" else estimate
-    return calculate(
+    if kind == "cpu":
+        return host_need(
+            pool.shape,
+            slots=pool.slots,
+            context_tokens=pool.context_tokens,
+            kv_cache_type=pool.kv_cache_type,
+            ubatch=settings.ubatch,
+            swa_full=settings.swa_full,
+            flash_attention=settings.flash_attention,
+            cache_ram_mib=settings.cache_ram_mib,
+        )
+    return estimate(
         pool.shape,
         slots=pool.slots,
         context_tokens=pool.context_tokens,
         kv_cache_type=pool.kv_cache_type,
         ubatch=settings.ubatch,
         swa_full=settings.swa_full,
+        flash_attention=settings.flash_attention,
+        devices=devices,
     )
 
 
@@ -105,7 +117,7 @@ def _by_memory(pool: PoolView, node: NodeView, devices: list[DeviceView]) -> Fit
     if pool.placement.allow_split:
         for count in range(2, len(ordered) + 1):
             chosen = ordered[:count]
-            shares = split_need(need, [free[device.uuid] for device in chosen])
+            shares = split_need(need_of(pool, "gpu", count), [free[device.uuid] for device in chosen])
             if shares is not None:
                 return Fit(node.name, {device.uuid: share for device, share in zip(chosen, shares, strict=True)})
     nearest = ordered[0]

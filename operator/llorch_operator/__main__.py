@@ -1,0 +1,5 @@
+"""`python -m llorch_operator`."""
+
+from .main import main
+
+main()

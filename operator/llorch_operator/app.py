@@ -1,0 +1,74 @@
+"""The operator's parts put together: over a store's watches (home), or inside kopf (Kubernetes)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from aiohttp import web
+from llorch_web.auth import read_token
+from prometheus_client import CollectorRegistry
+
+from llorch_store import Store
+
+from .core.liveness import LivenessTracker, Timing
+from .events import Events, LoggedEvents
+from .feed import feed
+from .fleet import Fleet
+from .metrics import OperatorMetrics
+from .reconciler import Reconciler
+from .settings import OperatorSettings
+
+STUCK_SECONDS = 30.0
+"""Seconds after which a loop that does not come round fails the liveness probe."""
+
+
+class Operator:
+    """The reconciler and what it works on."""
+
+    def __init__(
+        self, store: Store, settings: OperatorSettings, *, events: Events | None = None, claimed_hosts: bool = True
+    ) -> None:
+        self._store = store
+        timing = Timing(node_timeout=settings.node_timeout_ms / 1000, grace=float(settings.replace_grace_secs))
+        self.fleet = Fleet(LivenessTracker(timing), time.monotonic, claimed_hosts=claimed_hosts)
+        self.reconciler = Reconciler(
+            store,
+            self.fleet,
+            events or LoggedEvents(),
+            namespace=settings.namespace,
+            load_deadline=float(settings.load_deadline_secs),
+            token=read_token(settings.api_token, settings.api_token_file),
+        )
+        self.registry = CollectorRegistry()
+        self.registry.register(OperatorMetrics(self.fleet, self.reconciler))
+
+    async def run(self) -> None:
+        """Watches the store and reconciles until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(feed(self._store, self.fleet), name="feed")
+            group.create_task(self.reconciler.run(), name="reconciler")
+
+    def healthy(self) -> bool:
+        """False when the loop is stuck."""
+        return time.monotonic() - self.reconciler.last_tick < STUCK_SECONDS
+
+    async def health(self, _: web.Request) -> web.Response:
+        """GET /health."""
+        ok = self.healthy()
+        return web.json_response({"status": "ok" if ok else "stuck"}, status=200 if ok else 503)
+
+
+async def cloud_profile_is_off(_: web.Request) -> web.Response:
+    """The node API where ORCHESTRATORD_CLOUD_PROFILE is not true."""
+    text = "the cloud profile is off: set ORCHESTRATORD_CLOUD_PROFILE=true on the operator"
+    return web.json_response({"success": False, "message": text, "node_id": ""}, status=503)
+
+
+def node_api_off() -> list[web.RouteDef]:
+    """Routes of the node API as they answer while the cloud profile is off."""
+    return [
+        web.route("*", "/v2/nodes", cloud_profile_is_off),
+        web.route("*", "/v2/nodes/{tail:.*}", cloud_profile_is_off),
+        web.route("*", "/v2/catalog/availability", cloud_profile_is_off),
+    ]
