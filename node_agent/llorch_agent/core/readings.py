@@ -1,0 +1,50 @@
+"""What the agent reads of its machine, as plain values. All sizes in MiB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from llorch_api import DeviceHealth
+
+CPU_UUID = "cpu"
+"""The uuid of the one device that a machine without a GPU driver has: its own memory."""
+
+
+class ProcessMemory(NamedTuple):
+    """Device memory of one process, as the driver says. Without the host's PID namespace the pids match nothing here."""
+
+    pid: int
+    mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReading:
+    """One device at one moment."""
+
+    uuid: str
+    kind: Literal["gpu", "cpu"] = "gpu"
+    index: int = 0
+    """In the driver's order."""
+    name: str = ""
+    total: int = 0
+    free: int = 0
+    used: int = 0
+    """By processes; what the driver keeps for itself is neither used nor free."""
+    compute_capability: str = ""
+    pci_bus_id: str = ""
+    health: DeviceHealth = DeviceHealth.UNMONITORED
+    reason: str = ""
+    """Why it is Unhealthy, for the log."""
+    processes: tuple[ProcessMemory, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SystemReading:
+    """The machine around the devices, as far as the agent may use it."""
+
+    cpu_cores: int = 0
+    memory_total: int = 0
+    memory_free: int = 0
+    disk_free: int = 0
+    """Where models are kept."""
