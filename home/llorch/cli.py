@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -38,14 +39,14 @@ def _client() -> Any:
 
 
 def _with_store(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
-    from llorch_store.factory import default_store, open_store
-
     from llorch_store import StoreError
+    from llorch_store.default import default_store
+    from llorch_store.factory import open_store
 
     settings = _client()
 
     async def run() -> T:
-        async with open_store(settings.store or default_store()) as store:
+        async with open_store(settings.store or default_store(os.environ)) as store:
             return await work(store)
 
     try:
@@ -104,7 +105,7 @@ def apply(files: tuple[str, ...], namespace: str | None) -> None:
     space = namespace or _client().namespace
     try:
         objects = [
-            commands.parse(where, document, space)
+            commands.parse_manifest(where, document, space)
             for file in files
             for where, document in read(file, sys.stdin.read() if file == "-" else None)
         ]

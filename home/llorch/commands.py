@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from llorch_api import GPUNode, GPUPool
-from llorch_store import Key, NotFound, Store
-from llorch_store.core.validation import explain
+from llorch_store import Invalid, Key, NotFound, Store
+from llorch_store.core.validation import parse
 
 from .manifests import KINDS, ManifestError, resource_name
 from .table import layout, rows
@@ -19,27 +18,15 @@ from .table import layout, rows
 FIELD_MANAGER = "llorch-cli"
 
 
-def parse(where: str, document: dict[str, Any], namespace: str) -> GPUNode | GPUPool:
-    """The object of a manifest. Raises ManifestError with one line per field that is wrong."""
+def parse_manifest(where: str, document: dict[str, Any], namespace: str) -> GPUNode | GPUPool:
+    """The object of a manifest. Raises ManifestError with one line that names each field that is wrong."""
     kind = KINDS[document["kind"]]
-    body = {**document, "metadata": {**document["metadata"]}}
-    body.pop("status", None)
     if kind.NAMESPACED:
-        body["metadata"].setdefault("namespace", namespace)
-    name = f"{resource_name(kind)}/{body['metadata']['name']}"
-    refuse_unknown(kind, body, f"{where}: {name}")
+        document = {**document, "metadata": {"namespace": namespace, **document["metadata"]}}
     try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        raise ManifestError(f"{where}: {name}: {explain(error)}") from error
-
-
-def refuse_unknown(kind: type[GPUNode] | type[GPUPool], body: dict[str, Any], where: str) -> None:
-    """A misspelt field would be ignored in silence otherwise."""
-    from llorch_store.core.validation import unknown_fields
-
-    if unknown := unknown_fields(kind, body):
-        raise ManifestError(f"{where}: unknown field {', '.join(unknown)}")
+        return parse(kind, document)
+    except Invalid as error:
+        raise ManifestError(f"{where}: {error}") from None
 
 
 async def apply(store: Store, objects: Sequence[GPUNode | GPUPool]) -> list[str]:

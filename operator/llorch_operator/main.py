@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import web
-from llorch_store.factory import default_store, open_store
 from llorch_web.logging import configure_logging
 from llorch_web.metrics import metrics_handler
 from llorch_web.server import serving
 from llorch_web.settings import load
 
 from llorch_store import Store, StoreError
+from llorch_store.default import default_store
+from llorch_store.factory import open_store
 
 from .app import Operator, node_api_off
 from .settings import OperatorSettings
@@ -38,7 +40,7 @@ def main() -> None:
 
 async def run(settings: OperatorSettings) -> None:
     """Opens the store and runs the operator on it."""
-    spec = settings.store or default_store()
+    spec = settings.store or default_store(os.environ)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import aiohttp
-from llorch_model.core.errors import ModelError, UnsupportedSource
-from llorch_model.core.source import local_path
 from llorch_model.remote import inspect_https
 
 from llorch_api import ConditionReason, GPUPool, ModelShape, ResolvedModel
+from llorch_model.core.errors import ModelError, UnsupportedSource
+from llorch_model.core.source import local_path
 
 from .core.pools import Resolution
 

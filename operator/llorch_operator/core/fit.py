@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llorch_model.core.vram import MemoryNeed, estimate, host_need, memory_settings, split_need
-
 from llorch_api import Desired, Strategy
+from llorch_model.core.vram import MemoryNeed, estimate, host_need, memory_settings, split_need
 
 from .refusal import Cause, Refusal
 from .views import DeviceView, NodeView, PoolView, ReplicaView
