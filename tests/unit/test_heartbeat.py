@@ -232,7 +232,7 @@ def test_registration_is_tried_for_ever_with_jitter_between_one_and_thirty_secon
             waits.append(wait.until - now)
             now = wait.until
         assert all(1 <= wait <= 30 for wait in waits)
-        assert waits[0] <= 2 <= 2 + waits[0] <= waits[-1] + 2
+        assert waits[0] <= 2, "the first retry is soon"
     assert waits[-1] > 29
 
 
