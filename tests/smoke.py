@@ -127,9 +127,8 @@ def stream_chat(client: OpenAI) -> None:
             first = first or time.monotonic()
             pieces += 1
             print(event.choices[0].delta.content, end="", flush=True)
-    print(
-        f"\n{tokens} tokens in {pieces} pieces, first after {(first - sent) * 1000:.1f} ms, all after {(time.monotonic() - sent) * 1000:.1f} ms"
-    )
+    figures = f"first after {(first - sent) * 1000:.1f} ms, all after {(time.monotonic() - sent) * 1000:.1f} ms"
+    print(f"\n{tokens} tokens in {pieces} pieces, {figures}")
     if tokens != 64 or pieces < 2:
         raise SystemExit("the stream was not whole")
 
