@@ -39,6 +39,9 @@ SETTLE_S: Final = 0.02
 _UNSURE_S: Final = 2.0
 """A file changed so recently is read again even if its times and size look the same: clocks of file systems are coarse."""
 
+_RETRY_S: Final = 60.0
+"""Pause before inotify is tried again."""
+
 _EVENTS: Final[list[type[FileSystemEvent]]] = [
     # Not FileOpenedEvent and FileClosedNoWriteEvent: our own reading would wake us.
     DirDeletedEvent,
@@ -83,6 +86,7 @@ class HandoffDirectory:
         self._watched: tuple[int, int] | None = None
         self._changed = asyncio.Event()
         self._warned = False
+        self._next_try = 0.0
 
     @property
     def notified(self) -> bool:
@@ -151,14 +155,20 @@ class HandoffDirectory:
         identity = (found.st_dev, found.st_ino)
         if self._observer is not None and self._observer.is_alive() and self._watched == identity:
             return
+        if time.monotonic() < self._next_try:
+            return
         self.close()
         observer = Observer()
         try:
             observer.schedule(
-                _Waker(asyncio.get_running_loop(), self._changed.set), str(self.path), recursive=False, event_filter=_EVENTS
+                _Waker(asyncio.get_running_loop(), str(self.path), self.wake, self._lost),
+                str(self.path),
+                recursive=False,
+                event_filter=_EVENTS,
             )
             observer.start()
         except (OSError, RuntimeError) as error:
+            self._next_try = time.monotonic() + _RETRY_S
             if not self._warned:
                 self._warned = True
                 log.warning(
@@ -170,21 +180,35 @@ class HandoffDirectory:
             return
         self._observer, self._watched = observer, identity
 
+    def _lost(self) -> None:
+        # Not to be seen from its inode, whose number the next directory may get.
+        self._watched = None
+        self.wake()
+
 
 class _Waker(FileSystemEventHandler):
-    """Runs on the observer's thread and only wakes the loop."""
+    """Runs on the observer's thread and only calls into the loop: `lost` when the directory itself went, else `wake`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, directory: str, wake: Callable[[], None], lost: Callable[[], None]
+    ) -> None:
         self._loop = loop
+        self._directory = directory
         self._wake = wake
+        self._lost = lost
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         names = [os.fsdecode(path) for path in (event.src_path, event.dest_path) if path]
-        if event.is_directory or any(name.endswith(".json") for name in names):
-            try:
-                self._loop.call_soon_threadsafe(self._wake)
-            except RuntimeError:  # the loop has closed between the event and now
-                return
+        if isinstance(event, DirDeletedEvent | DirMovedEvent) and names[0] == self._directory:
+            call = self._lost
+        elif any(name.endswith(".json") for name in names):
+            call = self._wake
+        else:
+            return
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # the loop has closed between the event and now
+            return
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
