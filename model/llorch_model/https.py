@@ -1,0 +1,174 @@
+"""GET over https with bounded redirects, and what can go wrong with it in one line each."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from yarl import URL
+
+from .core.errors import ModelError, ModelNotAvailable, UnsupportedSource
+
+MAX_REDIRECTS = 5
+READ_BUFFER_BYTES = 1 << 20
+MAX_RETRY_AFTER_SECONDS = 60.0
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+RANGE_NOT_SATISFIABLE = 416
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a server may take, in seconds."""
+
+    connect: float = 10.0
+    """For the connection, TLS included."""
+    read: float = 30.0
+    """Between two pieces of an answer."""
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the answer's headers tell of the file."""
+
+    size_bytes: int
+    """0 where the server does not say."""
+    etag: str
+    last_modified: str
+
+    @property
+    def validator(self) -> str:
+        """For If-Range: only a strong ETag or a date may stand there; empty where there is neither."""
+        return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
+
+
+def tls_context() -> ssl.SSLContext:
+    """Trusts the system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR where set."""
+    return ssl.create_default_context()
+
+
+def open_session(context: ssl.SSLContext | None = None) -> aiohttp.ClientSession:
+    """A session for `inspect_https` and `fetch`; close it. Honours HTTPS_PROXY and NO_PROXY."""
+    connector = aiohttp.TCPConnector(ssl=context or tls_context(), limit_per_host=8)
+    return aiohttp.ClientSession(connector=connector, trust_env=True)
+
+
+def shown(url: str | URL) -> str:
+    """The URL without its query, which may hold signatures; at most 200 characters."""
+    text = str(URL(url).with_query(None).with_fragment(None))
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+@asynccontextmanager
+async def get(
+    session: aiohttp.ClientSession, url: str | URL, headers: Mapping[str, str], timeouts: Timeouts
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The answer to a GET, with status 200, 206 or 416; anything else, and trouble while reading, is raised as ModelError."""
+    limits = aiohttp.ClientTimeout(
+        total=None, connect=timeouts.connect + timeouts.read, sock_connect=timeouts.connect, sock_read=timeouts.read
+    )
+    sent = {"Accept-Encoding": "identity", **headers}
+    target = URL(url)
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await session.get(
+                target, headers=sent, timeout=limits, allow_redirects=False, read_bufsize=READ_BUFFER_BYTES
+            )
+            try:
+                if response.status in _REDIRECTS:
+                    target = _redirected(target, response.headers.get("Location", ""))
+                    continue
+                _check(target, response)
+                yield response
+                return
+            finally:
+                response.close()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _typed(target, error, timeouts) from error
+    raise ModelNotAvailable(f"{shown(url)}: more than {MAX_REDIRECTS} redirects")
+
+
+def remote_file(response: aiohttp.ClientResponse) -> RemoteFile:
+    """What the answer says of the whole file, be it a part of it or all."""
+    size = 0
+    if response.status == 206:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(total) if total.isascii() and total.isdigit() else 0
+    elif response.status == 200:
+        size = response.content_length or 0
+    return RemoteFile(size, response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+
+
+def range_start(response: aiohttp.ClientResponse) -> int:
+    """The position in the file of the answer's first byte: 0 unless it is a part. -1 where a part does not say."""
+    if response.status != 206:
+        return 0
+    unit, _, span = response.headers.get("Content-Range", "").partition(" ")
+    first = span.partition("-")[0]
+    return int(first) if unit == "bytes" and first.isascii() and first.isdigit() else -1
+
+
+def _redirected(current: URL, location: str) -> URL:
+    if not location:
+        raise ModelNotAvailable(f"{shown(current)}: a redirect that leads nowhere")
+    try:
+        # Signed URLs must arrive exactly as they were sent.
+        target = current.join(URL(location, encoded=location.isascii()))
+        shown(target)
+    except ValueError:
+        raise ModelNotAvailable(f"{shown(current)}: a redirect to something that is no URL") from None
+    if target.scheme != "https" or not target.host:
+        raise UnsupportedSource(f"{shown(current)}: redirects to {target.scheme}://{target.host or ''}, only https is followed")
+    return target
+
+
+def _check(target: URL, response: aiohttp.ClientResponse) -> None:
+    status, where = response.status, shown(target)
+    if status in (200, 206, RANGE_NOT_SATISFIABLE):
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise ModelNotAvailable(f"{where}: the server compresses the file, which hides its size")
+        return
+    answered = f"{status} {response.reason or ''}".strip()
+    if status in (401, 403):
+        raise ModelNotAvailable(f"{where}: the server refuses access ({answered})")
+    if status in (404, 410):
+        raise ModelNotAvailable(f"{where}: not found ({answered})")
+    raise ModelNotAvailable(
+        f"{where}: the server answers {answered}", retryable=status in _BUSY, retry_after=_retry_after(response)
+    )
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float | None:
+    value = response.headers.get("Retry-After", "").strip()
+    return min(float(value), MAX_RETRY_AFTER_SECONDS) if value.isascii() and value.isdigit() and len(value) < 6 else None
+
+
+def _typed(target: URL, error: Exception, timeouts: Timeouts) -> ModelError:
+    where = shown(target)
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            reason = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+            return ModelNotAvailable(f"{where}: its certificate is not trusted: {reason} (SSL_CERT_FILE names other authorities)")
+        case aiohttp.ClientConnectorDNSError():
+            return ModelNotAvailable(f"{where}: no such host: {target.host}", retryable=True)
+        case TimeoutError():
+            return ModelNotAvailable(f"{where}: no answer for {timeouts.read:g} s", retryable=True)
+        case aiohttp.ClientPayloadError():
+            return ModelNotAvailable(f"{where}: the connection was cut in the middle of the file", retryable=True)
+        case aiohttp.InvalidURL():
+            return UnsupportedSource(f"{where}: not a valid URL")
+        case aiohttp.ClientConnectorError():
+            return ModelNotAvailable(f"{where}: cannot connect: {_line(error.os_error)}", retryable=True)
+        case _:
+            return ModelNotAvailable(f"{where}: {_line(error)}", retryable=True)
+
+
+def _line(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:160]
