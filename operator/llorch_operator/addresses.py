@@ -16,6 +16,10 @@ LOOK_SECONDS = 2.0
 REFRESH_SECONDS = 60.0
 
 
+def _is_going(pod: client.V1Pod) -> bool:
+    return pod.metadata is not None and pod.metadata.deletion_timestamp is not None
+
+
 class AgentPods:
     """Lists the agents' pods when an agent started anew, and every minute: a pod's IP does not change while it lives."""
 
@@ -48,7 +52,7 @@ class AgentPods:
             {
                 pod.spec.node_name: pod.status.pod_ip
                 for pod in found.items
-                if pod.spec.node_name and pod.status.pod_ip and pod.metadata.deletion_timestamp is None
+                if pod.spec and pod.spec.node_name and pod.status and pod.status.pod_ip and not _is_going(pod)
             }
         )
         return True

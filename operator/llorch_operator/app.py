@@ -6,10 +6,10 @@ import asyncio
 import time
 
 from aiohttp import web
-from llorch_web.auth import read_token
 from prometheus_client import CollectorRegistry
 
 from llorch_store import Store
+from llorch_web.auth import Tokens
 
 from .core.liveness import LivenessTracker, Timing
 from .events import Events, LoggedEvents
@@ -38,7 +38,7 @@ class Operator:
             events or LoggedEvents(),
             namespace=settings.namespace,
             load_deadline=float(settings.load_deadline_secs),
-            token=read_token(settings.api_token, settings.api_token_file),
+            tokens=Tokens(settings.api_token, settings.api_token_file),
         )
         self.registry = CollectorRegistry()
         self.registry.register(OperatorMetrics(self.fleet, self.reconciler))
@@ -49,14 +49,10 @@ class Operator:
             group.create_task(feed(self._store, self.fleet), name="feed")
             group.create_task(self.reconciler.run(), name="reconciler")
 
-    def healthy(self) -> bool:
-        """False when the loop is stuck."""
-        return time.monotonic() - self.reconciler.last_tick < STUCK_SECONDS
-
-    async def health(self, _: web.Request) -> web.Response:
-        """GET /health."""
-        ok = self.healthy()
-        return web.json_response({"status": "ok" if ok else "stuck"}, status=200 if ok else 503)
+    def health(self) -> str:
+        """Why the operator is not healthy; empty when it is."""
+        idle = time.monotonic() - self.reconciler.last_tick
+        return f"the reconciler has not come round for {idle:.0f} s" if idle > STUCK_SECONDS else ""
 
 
 async def cloud_profile_is_off(_: web.Request) -> web.Response:

@@ -5,9 +5,8 @@ Only `on.event` is used, and it returns None: no finalizer, no annotation, no ex
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import kopf
@@ -79,23 +78,18 @@ def pool_event(fleet: Fleet, event: kopf.RawEvent) -> None:
         log.warning("GPUPool %s is not readable: %s", key, error.errors()[0]["msg"])
 
 
-def build_registry(fleet: Fleet, reconcile: Coroutine[Any, Any, None], stop: asyncio.Event) -> kopf.OperatorRegistry:
-    """Every handler of the operator. `reconcile` runs from kopf's start-up on; `stop` is set when it ends."""
+def build_registry(fleet: Fleet, start: Callable[[], None], end: Callable[[], Awaitable[None]]) -> kopf.OperatorRegistry:
+    """Every handler of the operator. `start` and `end` begin and end the reconciler with kopf."""
     registry = kopf.OperatorRegistry()
-    tasks: list[asyncio.Task[None]] = []
 
     @kopf.on.startup(registry=registry)
     async def started(settings: kopf.OperatorSettings, **_: Any) -> None:
         configure(settings)
-        task = asyncio.create_task(reconcile, name="reconciler")
-        task.add_done_callback(lambda _: stop.set())
-        tasks.append(task)
+        start()
 
     @kopf.on.cleanup(registry=registry)
     async def stopped(**_: Any) -> None:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end()
 
     @kopf.on.login(registry=registry)
     async def logged_in(**kwargs: Any) -> Any:

@@ -3,69 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
-import signal
-import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
-
-from aiohttp import web
-from llorch_web.logging import configure_logging
-from llorch_web.metrics import metrics_handler
-from llorch_web.server import serving
-from llorch_web.settings import load
 
 from llorch_store import Store, StoreError
 from llorch_store.default import default_store
 from llorch_store.factory import open_store
+from llorch_web import logging as logs
+from llorch_web.application import application
+from llorch_web.owner import Companion, until
+from llorch_web.run import run, stop_requested
+from llorch_web.server import Server
+from llorch_web.settings import StartError, load
 
 from .app import Operator, node_api_off
 from .settings import OperatorSettings
 
-log = logging.getLogger("llorch.operator")
-
 
 def main() -> None:
-    """`llorch operator`: runs until SIGTERM or SIGINT; exits 1 when a part of it dies."""
+    """`llorch operator`: runs until SIGTERM or SIGINT; a part of it that dies ends it with exit code 1."""
     settings = load(OperatorSettings)
-    configure_logging("operator")
-    try:
-        asyncio.run(run(settings))
-    except StoreError as error:
-        print(f"llorch: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    logs.configure("operator")
+    run(lambda: operate(settings))
 
 
-async def run(settings: OperatorSettings) -> None:
+async def operate(settings: OperatorSettings) -> None:
     """Opens the store and runs the operator on it."""
     spec = settings.store or default_store(os.environ)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with open_store(spec) as store:
-        if spec == "kubernetes":
-            await _run_in_kopf(store, settings, stop)
-        else:
-            await _run_alone(store, settings, stop)
+    stop = stop_requested()
+    try:
+        async with open_store(spec) as store:
+            if spec == "kubernetes":
+                await _in_kopf(store, settings, stop)
+            else:
+                operator = Operator(store, settings)
+                await _serve(operator, settings, lambda: until(stop, operator.run()))
+    except StoreError as error:
+        raise StartError(str(error)) from error
 
 
-def _application(operator: Operator) -> web.Application:
-    app = web.Application()
-    app.router.add_get("/health", operator.health)
-    app.router.add_get("/metrics", metrics_handler(operator.registry))
-    app.router.add_routes(node_api_off())
-    return app
+async def _serve(operator: Operator, settings: OperatorSettings, work: Callable[[], Awaitable[None]]) -> None:
+    app = application(node_api_off(), registries=[operator.registry], health=operator.health)
+    server = Server(app, settings.addr, variable="ORCHESTRATORD_ADDR")
+    await server.start()
+    try:
+        await work()
+    finally:
+        await server.stop()
 
 
-async def _run_alone(store: Store, settings: OperatorSettings, stop: asyncio.Event) -> None:
-    operator = Operator(store, settings)
-    async with serving(_application(operator), settings.addr, variable="ORCHESTRATORD_ADDR"):
-        await _until(stop, operator.run())
-
-
-async def _run_in_kopf(store: Store, settings: OperatorSettings, stop: asyncio.Event) -> None:
+async def _in_kopf(store: Store, settings: OperatorSettings, stop: asyncio.Event) -> None:
     import kopf
 
     from .addresses import AgentPods
@@ -75,27 +63,14 @@ async def _run_in_kopf(store: Store, settings: OperatorSettings, stop: asyncio.E
     await require_crds(store)
     operator = Operator(store, settings, events=KubernetesEvents(), claimed_hosts=False)
     pods = AgentPods(operator.fleet, settings.namespace, settings.agent_selector)
-    registry = build_registry(operator.fleet, _both(operator.reconciler.run(), pods.run()), stop)
-    async with serving(_application(operator), settings.addr, variable="ORCHESTRATORD_ADDR"):
-        # kopf installs no signal handlers outside its own command line; `stop` ends it.
-        await kopf.operator(registry=registry, clusterwide=True, standalone=True, stop_flag=stop)
+    reconciler = Companion(lambda: _both(operator.reconciler.run(), pods.run()), stop)
+    registry = build_registry(operator.fleet, reconciler.start, reconciler.end)
+    # kopf installs no signal handlers outside its own command line; `stop` ends it.
+    await _serve(operator, settings, lambda: kopf.operator(registry=registry, clusterwide=True, standalone=True, stop_flag=stop))
+    reconciler.raise_what_killed_it()
 
 
 async def _both(*parts: Coroutine[Any, Any, None]) -> None:
     async with asyncio.TaskGroup() as group:
         for part in parts:
             group.create_task(part)
-
-
-async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Runs `work` until `stop` is set. When the work ends first, its error is ours."""
-    task, waiter = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-    finally:
-        for pending in (task, waiter):
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await pending

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from llorch_api import GROUP, GPUNode, GPUPool
 from llorch_store import NotFound, Store
+from llorch_web.settings import StartError
 
 
 async def require_crds(store: Store) -> None:
@@ -15,5 +14,4 @@ async def require_crds(store: Store) -> None:
             await store.list(kind)
         except NotFound as error:
             name = f"{kind.PLURAL}.{GROUP}"
-            print(f"llorch: the CRD {name} is not installed — kubectl apply -f crds/{kind.PLURAL}.yaml", file=sys.stderr)
-            raise SystemExit(2) from error
+            raise StartError(f"the CRD {name} is not installed — kubectl apply -f crds/{kind.PLURAL}.yaml") from error

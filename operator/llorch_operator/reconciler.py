@@ -14,6 +14,7 @@ import aiohttp
 from llorch_api import Condition, GPUNode, GPUPool
 from llorch_api.gpupool import HANDOFF_SOURCE
 from llorch_store import Key, NotFound, Store, StoreError
+from llorch_web.auth import Tokens
 
 from .assignments import AssignmentWriter
 from .core.deadlines import Deadlines
@@ -56,7 +57,7 @@ class Reconciler:
         *,
         namespace: str,
         load_deadline: float,
-        token: str = "",
+        tokens: Tokens,
         clock: Callable[[], float] = time.monotonic,
         new_suffix: Callable[[], str] | None = None,
     ) -> None:
@@ -64,7 +65,7 @@ class Reconciler:
         self._fleet = fleet
         self._events = events
         self._namespace = namespace
-        self._token = token
+        self._tokens = tokens
         self._clock = clock
         self._deadlines = Deadlines(load_deadline)
         self._assignments = AssignmentWriter(store, fleet, events, new_suffix or _random_suffix)
@@ -81,7 +82,7 @@ class Reconciler:
         """Lists everything, then reconciles for ever."""
         await self._relist()
         async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
-            resolver = Resolver(session, group, self._fleet.changed, self._token)
+            resolver = Resolver(session, group, self._fleet.changed, self._tokens)
             while True:
                 self.last_tick = self._clock()
                 await self._look_for_silence()

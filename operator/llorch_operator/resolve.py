@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import aiohttp
-from llorch_model.remote import inspect_https
 
 from llorch_api import ConditionReason, GPUPool, ModelShape, ResolvedModel
 from llorch_model.core.errors import ModelError, UnsupportedSource
 from llorch_model.core.source import local_path
+from llorch_model.remote import inspect_https
+from llorch_web.auth import Tokens
 
 from .core.pools import Resolution
 
@@ -80,11 +81,11 @@ class Agent:
 class Resolver:
     """Answers at once with what is known; tasks of `group` find out the rest and set `changed` when they learn something."""
 
-    def __init__(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup, changed: asyncio.Event, token: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup, changed: asyncio.Event, tokens: Tokens) -> None:
         self._session = session
         self._group = group
         self._changed = changed
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._tokens = tokens
         self._entries: dict[Want, _Entry] = {}
 
     def keep(self, wants: set[Want]) -> None:
@@ -142,7 +143,8 @@ class Resolver:
 
     async def _ask_agent(self, want: Want, agent: Agent) -> ResolvedModel:
         url = f"{agent.base_url}/v2/models/inspect"
-        async with self._session.post(url, json={"source": want.source}, headers=self._headers, timeout=ASK_TIMEOUT) as response:
+        ask = self._session.post(url, json={"source": want.source}, headers=self._tokens.headers(), timeout=ASK_TIMEOUT)
+        async with ask as response:
             body: dict[str, Any] = await response.json()
             if response.status == 200:
                 shape = ModelShape.model_validate(body["shape"])
