@@ -17,7 +17,7 @@ import pynvml
 
 from llorch_api import DeviceHealth
 
-from .core.readings import DeviceReading, ProcessMemory
+from .core.readings import DeviceLoad, DeviceReading, ProcessMemory
 from .core.xid import is_failure
 from .one_thread import OneThread
 
@@ -152,6 +152,7 @@ class NvmlSource:
             pci_bus_id=identity.pci_bus_id,
             health=DeviceHealth.HEALTHY if watched else DeviceHealth.UNMONITORED,
             processes=_processes(handle),
+            load=_load(handle),
         )
 
     def _identify(self, index: int, handle: Any) -> _Identity:
@@ -289,6 +290,14 @@ def _processes(handle: Any) -> tuple[ProcessMemory, ...]:
     return tuple(ProcessMemory(each.pid, each.usedGpuMemory // _MIB) for each in listed if each.usedGpuMemory is not None)
 
 
+def _load(handle: Any) -> DeviceLoad:
+    return DeviceLoad(
+        utilization_percent=_try(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu, None),
+        temperature_celsius=_try(lambda: pynvml.nvmlDeviceGetTemperatureV(handle, pynvml.NVML_TEMPERATURE_GPU), None),
+        power_milliwatts=_try(lambda: pynvml.nvmlDeviceGetPowerUsage(handle), None),
+    )
+
+
 def _try(call: Callable[[], T], otherwise: T) -> T:
     try:
         return call()
@@ -299,7 +308,7 @@ def _try(call: Callable[[], T], otherwise: T) -> T:
 
 
 def _unhealthy(reading: DeviceReading, reason: str) -> DeviceReading:
-    return replace(reading, free=0, used=0, health=DeviceHealth.UNHEALTHY, reason=reason, processes=())
+    return replace(reading, free=0, used=0, health=DeviceHealth.UNHEALTHY, reason=reason, processes=(), load=None)
 
 
 def _address(handle: Any) -> int:

@@ -37,12 +37,12 @@ TABLE: list[tuple[str, Assignment | None, Held | None, list[Action]]] = [
     ("another revision replaces", wanted(revision="r2"), held(Stage.LAUNCHED), [Forget("a"), Start("a", wanted(revision="r2"))]),
     ("drain drains", DRAIN, held(Stage.LAUNCHED), [Drain("a", 30)]),
     ("drain while draining does nothing", DRAIN, held(Stage.DRAINING), []),
-    ("drain before the engine is there stops", DRAIN, held(Stage.FETCHING), [Stop("a")]),
-    ("drain of what is unknown reports it stopped", DRAIN, None, [Stop("a")]),
+    ("drain before the engine is there stops", DRAIN, held(Stage.FETCHING), [Stop("a", DRAIN)]),
+    ("drain of what is unknown reports it stopped", DRAIN, None, [Stop("a", DRAIN)]),
     ("drain of what is over does nothing", DRAIN, held(Stage.OVER), []),
-    ("drain ends with the file", DRAIN, held(Stage.FILE_GONE), [Stop("a")]),
-    ("stop stops", STOP, held(Stage.LAUNCHED), [Stop("a")]),
-    ("stop beats a drain", STOP, held(Stage.DRAINING), [Stop("a")]),
+    ("drain ends with the file", DRAIN, held(Stage.FILE_GONE), [Stop("a", DRAIN)]),
+    ("stop stops", STOP, held(Stage.LAUNCHED), [Stop("a", STOP)]),
+    ("stop beats a drain", STOP, held(Stage.DRAINING), [Stop("a", STOP)]),
     ("stop of what is over does nothing", STOP, held(Stage.OVER), []),
     ("a key that is gone ends it", None, held(Stage.LAUNCHED), [Forget("a")]),
     ("a key that is gone ends the fetch", None, held(Stage.FETCHING), [Forget("a")]),
@@ -51,7 +51,7 @@ TABLE: list[tuple[str, Assignment | None, Held | None, list[Action]]] = [
     ("a drain of an earlier object goes on", None, held(Stage.DRAINING, uid="u0"), []),
     ("a fetch of an earlier object serves nobody", None, held(Stage.FETCHING, uid="u0"), [Forget("a")]),
     ("an engine of an earlier object is taken over", RUN, held(Stage.LAUNCHED, uid="u0"), [Adopt("a")]),
-    ("an engine of an earlier object can be stopped", STOP, held(Stage.LAUNCHED, uid="u0"), [Stop("a")]),
+    ("an engine of an earlier object can be stopped", STOP, held(Stage.LAUNCHED, uid="u0"), [Stop("a", STOP)]),
 ]
 
 

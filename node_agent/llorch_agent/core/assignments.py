@@ -55,6 +55,7 @@ class Stop:
     """End it now and remove its handoff file; report it as Stopped until its key is gone."""
 
     replica: str
+    assignment: Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def decide(uid: str, wanted: Mapping[str, Assignment], held: Mapping[str, Held])
 
 def _for_wanted(replica: str, assignment: Assignment, have: Held | None, uid: str) -> list[Action]:
     if assignment.desired is Desired.STOP:
-        return [] if have is not None and have.stage is Stage.OVER else [Stop(replica)]
+        return [] if have is not None and have.stage is Stage.OVER else [Stop(replica, assignment)]
     if assignment.desired is Desired.DRAIN:
         match have.stage if have is not None else None:
             case Stage.LAUNCHED:
@@ -101,7 +102,7 @@ def _for_wanted(replica: str, assignment: Assignment, have: Held | None, uid: st
             case Stage.DRAINING | Stage.OVER:
                 return []
             case _:  # nothing serves: there is nothing to wait for
-                return [Stop(replica)]
+                return [Stop(replica, assignment)]
     if have is None or have.stage is Stage.FILE_GONE:
         return [Start(replica, assignment)]
     if have.stage is Stage.OVER:

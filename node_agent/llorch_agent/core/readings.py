@@ -18,6 +18,14 @@ class ProcessMemory(NamedTuple):
     mib: int
 
 
+class DeviceLoad(NamedTuple):
+    """What changes all the time: for metrics, never for the resource. None where the device does not say."""
+
+    utilization_percent: int | None
+    temperature_celsius: int | None
+    power_milliwatts: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceReading:
     """One device at one moment."""
@@ -37,6 +45,7 @@ class DeviceReading:
     reason: str = ""
     """Why it is Unhealthy, for the log."""
     processes: tuple[ProcessMemory, ...] = ()
+    load: DeviceLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""POST /v2/models/inspect: what a model is, as the node that holds it sees it. The operator asks before it places anything."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llorch_model.core.errors import ModelError, ModelErrorCode
+from llorch_model.inspection import inspect_model
+from llorch_web.body import read_body
+from llorch_web.errors import ApiError
+
+from .model_roots import ModelRoots
+
+AT_ONCE: Final = 4
+"""Inspections that read at the same time; the rest wait their turn."""
+MAX_BODY: Final = 8 * 1024
+
+_STATUS = {
+    ModelErrorCode.MODEL_NOT_AVAILABLE: 404,
+    ModelErrorCode.UNSUPPORTED_SOURCE: 422,
+    ModelErrorCode.BAD_MODEL: 422,
+    ModelErrorCode.DIGEST_MISMATCH: 409,
+}
+
+
+class InspectRequest(BaseModel):
+    """The body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str = Field(min_length=1, max_length=2048)
+    sha256: str | None = Field(None, max_length=80)
+
+
+class InspectRoute:
+    """The route and what it needs."""
+
+    def __init__(self, roots: ModelRoots) -> None:
+        self._roots = roots
+        self._turn = asyncio.Semaphore(AT_ONCE)
+
+    def routes(self) -> list[web.AbstractRouteDef]:
+        """For `app.router.add_routes`."""
+        return [web.post("/v2/models/inspect", self.handle)]
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """200 {resolved, digest, sizeMiB, shape}, or an error envelope with one of the codes of ModelErrorCode."""
+        try:
+            asked = InspectRequest.model_validate_json(await read_body(request, MAX_BODY))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ApiError(
+                400, f"{where}: {first['msg']}".removeprefix(": "), code="invalid_request", param=where or None
+            ) from None
+        try:
+            self._roots.check(asked.source)
+            async with self._turn:
+                found = await inspect_model(asked.source, sha256=asked.sha256)
+        except ModelError as error:
+            raise ApiError(_STATUS.get(error.code, 404), error.message, code=error.code.value) from None
+        return web.json_response(found.to_resolved().to_json())
