@@ -139,7 +139,7 @@ class Resolver:
             found = await inspect_https(self._session, want.source, sha256=want.sha256 or None)
         except ModelError as error:
             raise _Refused(_REASONS.get(error.code, ConditionReason.MODEL_NOT_AVAILABLE), error.message) from error
-        return ResolvedModel(resolved=found.resolved, digest=found.digest, size_mib=-(-found.size_bytes >> 20), shape=found.shape)
+        return found.to_resolved()
 
     async def _ask_agent(self, want: Want, agent: Agent) -> ResolvedModel:
         url = f"{agent.base_url}/v2/models/inspect"
@@ -170,7 +170,7 @@ class Resolver:
         if holders:
             # All of them should hold the same file; where they differ the first by name is what the pool runs.
             model = holders[min(holders)]
-            same = frozenset(name for name, other in holders.items() if other.size_mib == model.size_mib)
+            same = frozenset(name for name, other in holders.items() if other.digest == model.digest)
             return Resolution(model), same
         waiting = agents.keys() - answers.keys()
         if remembered := self._remembered(pool):

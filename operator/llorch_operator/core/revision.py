@@ -9,15 +9,8 @@ from llorch_api import GPUPoolSpec, ResolvedModel
 
 
 def model_identity(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
-    """What names the model's content: its sha256, else the digest of its source, else path and size.
-
-    A file: source is copied from machine to machine with other times, so that only its path and size can count there.
-    """
-    if spec.model.sha256:
-        return f"sha256:{spec.model.sha256}"
-    if spec.model.source.startswith("file:"):
-        return f"{spec.model.source}@{resolved.size_mib}"
-    return resolved.digest or spec.model.source
+    """What names the model's content: its sha256 where stated, else what its place says of it."""
+    return f"sha256:{spec.model.sha256}" if spec.model.sha256 else resolved.digest or spec.model.source
 
 
 def revision_of(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
