@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from typing import Any, Final
 
 import aiohttp
@@ -89,5 +90,5 @@ def _with_properties(body: bytes) -> Answer:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return (error.os_error.strerror or "cannot connect").lower()
+        return os.strerror(error.os_error.errno).lower() if error.os_error.errno else "cannot connect"
     return str(error) or type(error).__name__
