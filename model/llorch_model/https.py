@@ -157,6 +157,8 @@ def _typed(target: URL, error: Exception, timeouts: Timeouts) -> ModelError:
             return ModelNotAvailable(f"{where}: its certificate is not trusted: {reason} (SSL_CERT_FILE names other authorities)")
         case aiohttp.ClientConnectorDNSError():
             return ModelNotAvailable(f"{where}: no such host: {target.host}", retryable=True)
+        case aiohttp.ConnectionTimeoutError():
+            return ModelNotAvailable(f"{where}: no connection within {timeouts.connect:g} s", retryable=True)
         case TimeoutError():
             return ModelNotAvailable(f"{where}: no answer for {timeouts.read:g} s", retryable=True)
         case aiohttp.ClientPayloadError():
