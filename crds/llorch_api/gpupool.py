@@ -187,7 +187,7 @@ class ResolvedModel(ApiModel):
     """What the operator read of the model before it placed anything."""
 
     resolved: Annotated[str, Field(max_length=512, description="The source after redirects and revisions.")] = ""
-    digest: Annotated[str, Field(max_length=80, description="Identity of the content: sha256:…, etag:… or size-mtime:….")] = ""
+    digest: Annotated[str, Field(max_length=80, description="Identity of the content: sha256:…, etag:…, url:… or sample:….")] = ""
     size_mib: Annotated[Mebibytes, Field(description="Size of the file, MiB.")] = 0
     shape: Annotated[ModelShape, Field(description="Facts from its header.")] = ModelShape()
 

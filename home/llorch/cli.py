@@ -68,7 +68,7 @@ def home(demo: bool) -> None:
     """Serve on this machine: operator, agent and gateway in one process."""
     from .home import serve
 
-    raise SystemExit(serve(demo=demo))
+    serve(demo=demo)
 
 
 @main.command()

@@ -3,57 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
-import logging
-import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from aiohttp import web
-from llorch_agent.app import Agent
 from llorch_gateway.app import Gateway
 from llorch_gateway.settings import GatewaySettings
 
+from llorch_agent.app import Agent
 from llorch_agent.settings import AgentSettings
 from llorch_operator.app import Operator, node_api_off
 from llorch_operator.settings import OperatorSettings
-from llorch_store import StoreError
+from llorch_store import Store, StoreError
 from llorch_store.factory import open_store
-from llorch_web.logging import configure_logging
-from llorch_web.metrics import metrics_handler
-from llorch_web.server import serving
-from llorch_web.settings import load
+from llorch_web import logging as logs
+from llorch_web.application import application
+from llorch_web.auth import Tokens
+from llorch_web.owner import until
+from llorch_web.run import run, stop_requested
+from llorch_web.server import Server
+from llorch_web.settings import StartError, load
 
 from .demo import demo_model, demo_pool
 from .progress import Progress
 from .settings import HomeSettings
 
-log = logging.getLogger("llorch.home")
-
-STOP_SECONDS = 5.0
-"""Within which everything is gone after Ctrl-C, streams included."""
-
-
-class HomeError(Exception):
-    """Home cannot start. One line."""
+DRAIN_SECONDS = 2.0
+"""What a request in flight still gets after Ctrl-C."""
+SERVER_STOP_SECONDS = 1.0
 
 
-def serve(*, demo: bool) -> int:
-    """Runs until SIGINT or SIGTERM. Returns the exit code."""
+def serve(*, demo: bool) -> None:
+    """Runs until SIGINT or SIGTERM. A setting or a place that does not do ends it with one line and exit code 2."""
     settings = load(HomeSettings)
-    components = (load(AgentSettings), load(OperatorSettings), load(GatewaySettings))
-    configure_logging("home")
-    try:
-        asyncio.run(_serve(settings, *components, demo=demo))
-    except (HomeError, StoreError) as error:
-        print(f"llorch: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parts = Settings(settings, load(AgentSettings), load(OperatorSettings), load(GatewaySettings))
+    logs.configure("home")
+    run(lambda: _serve(parts, demo=demo))
+
+
+class Settings(NamedTuple):
+    """Of home and of the three that it is made of."""
+
+    home: HomeSettings
+    agent: AgentSettings
+    operator: OperatorSettings
+    gateway: GatewaySettings
 
 
 @contextmanager
@@ -64,81 +62,73 @@ def _only_home_here(directory: Path) -> Iterator[None]:
         lock = (directory / "home.lock").open("a+")
     except OSError as error:
         text = f"{directory}: {error.strerror}: POOL_MANAGERD_RUNTIME_DIR names another place for what home keeps"
-        raise HomeError(text) from error
+        raise StartError(text) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise HomeError(f"another llorch home runs on {directory}: stop it, or set POOL_MANAGERD_RUNTIME_DIR") from error
+            raise StartError(f"another llorch home runs on {directory}: stop it, or set POOL_MANAGERD_RUNTIME_DIR") from error
         yield
 
 
-async def _serve(
-    settings: HomeSettings,
-    agent_settings: AgentSettings,
-    operator_settings: OperatorSettings,
-    gateway_settings: GatewaySettings,
-    *,
-    demo: bool,
-) -> None:
+async def _serve(settings: Settings, *, demo: bool) -> None:
     progress = Progress(time.monotonic)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with AsyncExitStack() as stack:
-        stack.enter_context(_only_home_here(settings.state_dir))
-        store = await stack.enter_async_context(open_store(settings.store or f"sqlite:{settings.state_dir / 'llorch.db'}"))
-        operator = Operator(store, operator_settings)
-        gateway = Gateway(store, gateway_settings)
-        agent = Agent(agent_settings, store)
-        server = await stack.enter_async_context(
-            serving(_application(operator, gateway, agent), settings.addr, variable="ORCHESTRATORD_ADDR")
-        )
-        agent.advertise(server.url)
-        progress.say(f"listening on {server.url}")
-        await stack.enter_async_context(_running(operator, gateway, agent, stop))
-        if demo:
-            model = await asyncio.to_thread(demo_model, settings.model_dir)
-            await store.apply(demo_pool(model), field_manager="llorch-home")
-            progress.say(f"demo model at {model}")
-        watching = asyncio.create_task(progress.follow(store, server.url))
-        await stop.wait()
-        progress.say("stopping")
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+    stop = stop_requested()
+    home = settings.home
+    with _only_home_here(home.state_dir):
+        try:
+            async with open_store(home.store or f"sqlite:{home.state_dir / 'llorch.db'}") as store:
+                await _serve_on(store, settings, stop, progress, demo=demo)
+        except StoreError as error:
+            raise StartError(str(error)) from error
     progress.say("stopped")
 
 
-def _application(operator: Operator, gateway: Gateway, agent: Agent) -> web.Application:
-    app = web.Application(client_max_size=32 * 1024 * 1024)
-    app.router.add_get("/health", operator.health)
-    app.router.add_get("/metrics", metrics_handler(operator.registry, gateway.registry, agent.registry))
-    app.router.add_routes(gateway.routes())
-    app.router.add_routes(agent.routes())
-    app.router.add_routes(node_api_off())
-    return app
-
-
-@asynccontextmanager
-async def _running(operator: Operator, gateway: Gateway, agent: Agent, stop: asyncio.Event) -> AsyncIterator[None]:
-    """The three at work. Requests end first, then engines, then the store is closed; a part that dies stops home."""
-    await agent.start()
-    await gateway.start()
-    reconciling = asyncio.create_task(_or_stop(operator.run(), stop), name="operator")
+async def _serve_on(store: Store, settings: Settings, stop: asyncio.Event, progress: Progress, *, demo: bool) -> None:
+    operator = Operator(store, settings.operator)
+    gateway = Gateway(store, settings.gateway)
+    agent = Agent(settings.agent, store)
+    server = Server(_application(operator, gateway, agent, settings.agent), settings.home.addr, variable="ORCHESTRATORD_ADDR")
+    await server.start()
     try:
-        yield
-    finally:
-        async with asyncio.timeout(STOP_SECONDS):
-            await gateway.stop()
-            await agent.stop()
+        progress.say(f"listening on {server.url}")
+        agent.advertise(server.url)
+        async with asyncio.TaskGroup() as group:
+            reconciling = group.create_task(operator.run(), name="operator")
+            serving = group.create_task(_agent_and_gateway(agent, gateway, stop), name="agent and gateway")
+            if demo:
+                model = await asyncio.to_thread(demo_model, settings.home.model_dir)
+                await store.apply(demo_pool(model), field_manager="llorch-home")
+                progress.say(f"demo model: {model}")
+            following = group.create_task(progress.follow(store, server.url), name="progress")
+            await stop.wait()
+            progress.say("stopping")
+            following.cancel()
+            await asyncio.wait({serving})
             reconciling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reconciling
-
-
-async def _or_stop(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
-    try:
-        await work
     finally:
-        stop.set()
+        await server.stop(SERVER_STOP_SECONDS)
+
+
+def _application(operator: Operator, gateway: Gateway, agent: Agent, settings: AgentSettings) -> web.Application:
+    token = settings.api_token.get_secret_value() if settings.api_token else None
+    return application(
+        [*gateway.routes(), *agent.routes(), *node_api_off()],
+        registries=[operator.registry, gateway.registry, agent.registry],
+        tokens=Tokens(token, settings.api_token_file),
+        protects=lambda path: path.startswith(("/replicas/", "/v2/")),
+        health=lambda: operator.health() or agent.health(),
+    )
+
+
+async def _agent_and_gateway(agent: Agent, gateway: Gateway, stop: asyncio.Event) -> None:
+    """Both at work until `stop` is set; then requests in flight get a few seconds, and engines end."""
+    await gateway.start()
+    try:
+        await agent.start()
+        try:
+            await until(stop, agent.wait())
+        finally:
+            await agent.stop(DRAIN_SECONDS)
+    finally:
+        await gateway.stop()
