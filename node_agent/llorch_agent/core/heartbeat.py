@@ -62,7 +62,10 @@ class Pace:
     jitter: float = 0.1
     """Share of the interval by which a beat comes earlier or later, so that a fleet does not beat as one."""
     gap: float = 2.0
-    """At least this between two writes for urgent changes: the first goes at once."""
+    """Between two writes for urgent changes, on average."""
+    burst: int = 3
+    """So many go at once after a quiet time: an engine that is adopted passes through Pending to Ready within milliseconds,
+    and its first request must not wait for the gap after the first of them."""
     full_every: float = 300.0
     retry_most: float = 30.0
     """Longest wait after failed registrations; after failed writes it is the interval."""
@@ -80,7 +83,9 @@ class Heartbeat:
     _known: Status = field(default_factory=dict)
     """What the server holds, as it last said; after a failed write also what it may hold."""
     _in_flight: dict[str, Any] | None = None
-    _asked: float = float("-inf")
+    _credit: float = field(default=float("inf"))
+    """Urgent writes that may go now; refilled with time."""
+    _credit_at: float = float("-inf")
     _next_beat: float = float("-inf")
     _next_full: float = float("-inf")
     _not_before: float = float("-inf")
@@ -113,9 +118,11 @@ class Heartbeat:
         if _agent_state(self._known) != _agent_state(status):
             return self._write(WriteKind.URGENT, now, status, time)  # twice in a process's life, and its end cannot wait
         if is_urgent(self._known, status):
-            if now >= self._asked + self.pace.gap:
+            due_at = self._refill(now)
+            if now >= due_at:
+                self._credit -= 1.0
                 return self._write(WriteKind.URGENT, now, status, time)
-            return Wait(min(self._asked + self.pace.gap, self._next_beat))
+            return Wait(min(due_at, self._next_beat))
         if due:
             return self._write(WriteKind.BEAT, now, status, time)
         return Wait(self._next_beat)
@@ -125,7 +132,7 @@ class Heartbeat:
         beat = {"sequence": self.sequence, "time": time, "intervalSeconds": round(self.pace.interval)}
         wanted = {**status, "heartbeat": beat}
         patch = full_patch(self._known, wanted) if kind is WriteKind.FULL else merge_diff(self._known, wanted)
-        self._in_flight, self._asked = patch, now
+        self._in_flight = patch
         if self._spread:  # agents that started together must not go on beating together
             self._spread, offset = False, 0.1 + 0.9 * self.draw()
         else:
@@ -134,6 +141,13 @@ class Heartbeat:
         if kind is WriteKind.FULL:
             self._next_full = now + self.pace.full_every
         return Write(kind, patch, self._uid)
+
+    def _refill(self, now: float) -> float:
+        """When the next urgent write may go."""
+        passed, self._credit_at = now - self._credit_at, now
+        self._credit = min(float(self.pace.burst), self._credit + passed / self.pace.gap)
+        missing = 1.0 - self._credit
+        return now if missing <= 1e-9 else now + missing * self.pace.gap
 
     def done(self, uid: str, status: Status) -> None:
         """The request succeeded; `status` is what the server now holds."""

@@ -1,0 +1,5 @@
+"""`python -m llorch_agent`."""
+
+from .main import main
+
+main()
