@@ -205,3 +205,11 @@ def _noise(blocks: int, deviation: float, rng: random.Random) -> bytearray:
     data[0::BLOCK_BYTES] = bytes([low]) * blocks
     data[1::BLOCK_BYTES] = bytes([high]) * blocks
     return data
+
+
+if __name__ == "__main__":
+    import sys
+
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m llorch_model.tiny PATH")
+    print(write_tiny(Path(sys.argv[1])))

@@ -49,9 +49,10 @@ class AssignmentWriter:
                     told.append((node, self._pool_of(node, replica_id), "ReplicaRemoved", f"{replica_id} on {node}: {why}"))
         written = {node for node, patch in patches.items() if await self._patch(node, patch)}
         for node, key, reason, message in told:
-            log.info("%s: %s", reason, message, extra={"pool": str(key), "node_id": node})
             if node in written and key in self._fleet.pools:
                 self._events.emit(self._fleet.pools[key], warning=False, reason=reason, message=message)
+            elif node in written:
+                log.info("%s: %s", reason, message, extra={"pool": str(key), "node_id": node})
 
     async def _patch(self, node: str, replicas: dict[str, Any]) -> bool:
         known = self._fleet.nodes.get(node)

@@ -15,16 +15,21 @@ from pydantic import ValidationError
 from llorch_api import GROUP, VERSION, GPUNode, GPUPool
 
 from .core.views import PoolKey
+from .events import LoggedEvents
 from .fleet import Fleet
 
 log = logging.getLogger("llorch.operator.watch")
 
 
 class KubernetesEvents:
-    """Events as Kubernetes shows them in `kubectl describe`."""
+    """Events as Kubernetes shows them in `kubectl describe`, and as log lines."""
+
+    def __init__(self) -> None:
+        self._log = LoggedEvents()
 
     def emit(self, about: GPUNode | GPUPool, *, warning: bool, reason: str, message: str) -> None:
         """Queues the Event; kopf posts it in the background."""
+        self._log.emit(about, warning=warning, reason=reason, message=message)
         metadata = {"name": about.metadata.name, "namespace": about.metadata.namespace or None, "uid": about.metadata.uid}
         body = kopf.Body({"apiVersion": about.api_version, "kind": about.kind, "metadata": metadata})  # type: ignore[typeddict-item]
         kopf.event(body, type="Warning" if warning else "Normal", reason=reason, message=message)
