@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
-from kubernetes.aio import client
-from kubernetes.aio.client import ApiException
+from llorch_store import StoreError
+from llorch_store.kube_connection import KubeConnection
 
 from .fleet import Fleet
 
@@ -16,8 +17,14 @@ LOOK_SECONDS = 2.0
 REFRESH_SECONDS = 60.0
 
 
-def _is_going(pod: client.V1Pod) -> bool:
-    return pod.metadata is not None and pod.metadata.deletion_timestamp is not None
+def hosts_of(pods: list[dict[str, Any]]) -> dict[str, str]:
+    """Pod IP by node name. A pod that is going is passed over: its successor on the same node counts."""
+    hosts: dict[str, str] = {}
+    for pod in pods:
+        node, address = pod.get("spec", {}).get("nodeName"), pod.get("status", {}).get("podIP")
+        if node and address and "deletionTimestamp" not in pod.get("metadata", {}):
+            hosts[node] = address
+    return hosts
 
 
 class AgentPods:
@@ -25,34 +32,27 @@ class AgentPods:
 
     def __init__(self, fleet: Fleet, namespace: str, selector: str) -> None:
         self._fleet = fleet
-        self._namespace = namespace
-        self._selector = selector
+        self._path = f"/api/v1/namespaces/{namespace}/pods"
+        self._query = {"labelSelector": selector}
         self._known_boots: dict[str, str] = {}
 
     async def run(self) -> None:
         """Keeps the fleet's addresses true until cancelled."""
         loop = asyncio.get_running_loop()
         refreshed = float("-inf")
-        async with client.ApiClient() as api:
-            pods = client.CoreV1Api(api)
+        async with KubeConnection() as api:
             while True:
                 boots = {name: node.status.agent.boot_id for name, node in self._fleet.nodes.items()}
                 stale = boots != self._known_boots or loop.time() - refreshed > REFRESH_SECONDS
-                if stale and await self._refresh(pods):
+                if stale and await self._refresh(api):
                     self._known_boots, refreshed = boots, loop.time()
                 await asyncio.sleep(LOOK_SECONDS if boots == self._known_boots else 0.5)
 
-    async def _refresh(self, pods: client.CoreV1Api) -> bool:
+    async def _refresh(self, api: KubeConnection) -> bool:
         try:
-            found = await pods.list_namespaced_pod(self._namespace, label_selector=self._selector, _request_timeout=10)
-        except (ApiException, OSError, TimeoutError) as error:
+            found = await api.request("GET", self._path, query=self._query)
+        except StoreError as error:
             log.warning("could not list the agents' pods: %s", error)
             return False
-        self._fleet.observe_hosts(
-            {
-                pod.spec.node_name: pod.status.pod_ip
-                for pod in found.items
-                if pod.spec and pod.spec.node_name and pod.status and pod.status.pod_ip and not _is_going(pod)
-            }
-        )
+        self._fleet.observe_hosts(hosts_of(found["items"]))
         return True
