@@ -30,6 +30,10 @@ class DeviceSource(Protocol):
         """All devices now."""
         ...
 
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Calls `wake`, from any thread, when something happened to a device that another reading would show."""
+        ...
+
     async def close(self) -> None:
         """Lets go of what reading took."""
         ...
@@ -56,6 +60,9 @@ class CpuSource:
             )
         ]
 
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Nothing happens to memory."""
+
     async def close(self) -> None:
         """Nothing is held."""
 
@@ -72,6 +79,11 @@ class FirstOf:
             if found := await source.read():
                 return found
         return []
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Listens to all of them."""
+        for source in self._sources:
+            source.listen(wake)
 
     async def close(self) -> None:
         """Closes all of them."""
@@ -106,10 +118,17 @@ class Devices:
         self._changed()
 
     async def run(self, interval_s: float) -> None:
-        """Reads them every `interval_s`, for ever."""
+        """Reads them every `interval_s`, and at once when the source has heard of something, for ever."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Event()
+        self._source.listen(lambda: _from_thread(loop, heard.set))
         while True:
             await self.read()
-            await asyncio.sleep(interval_s)
+            try:
+                async with asyncio.timeout(interval_s):
+                    await heard.wait()
+            except TimeoutError:
+                continue
+            heard.clear()
 
     async def close(self) -> None:
         """Lets go of the driver."""
@@ -131,6 +150,13 @@ class Devices:
             if mib:
                 measured[device.uuid] = mib
         return Tenant(replica_id, replica.devices, measured)
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:  # the loop has closed: nobody is left to hear it
+        return
 
 
 def _group(pid: int) -> int:

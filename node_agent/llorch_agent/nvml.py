@@ -65,6 +65,11 @@ class NvmlSource:
         self._failed: dict[str, str] = {}
         self._events: _XidWatch | None = None
         self._said = ""
+        self._wake: Callable[[], None] = _nothing
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` from the event thread when an XID condemns a GPU."""
+        self._wake = wake
 
     async def read(self) -> list[DeviceReading]:
         """All GPUs, those that were seen before and do not answer now as Unhealthy."""
@@ -117,7 +122,7 @@ class NvmlSource:
         self._initialised = True
         self._by_index.clear()
         self._failed.clear()  # a driver that was loaded anew has reset its devices
-        self._events = _XidWatch(self._failed)
+        self._events = _XidWatch(self._failed, lambda: self._wake())
         driver = _try(pynvml.nvmlSystemGetDriverVersion, "unknown")
         log.info("NVML: driver %s, %d devices", driver, _try(pynvml.nvmlDeviceGetCount, 0))
 
@@ -204,8 +209,9 @@ class _XidWatch:
     A condemned GPU stays so until the driver is loaded anew: these errors need a reset, and nothing announces one.
     """
 
-    def __init__(self, failed: dict[str, str]) -> None:
+    def __init__(self, failed: dict[str, str], condemned: Callable[[], None]) -> None:
         self._failed = failed
+        self._condemned = condemned
         self._set: Any = None
         self._watched: dict[str, bool] = {}
         self._names: dict[int, str] = {}
@@ -268,12 +274,17 @@ class _XidWatch:
         # An event without a device concerns them all.
         for each in [uuid] if uuid else list(self._watched):
             self._failed.setdefault(each, reason)
+        self._condemned()
 
     def stop(self) -> None:
         """Ends the thread within `EVENT_WAIT_MS`; it frees the event set itself."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(timeout=2 * EVENT_WAIT_MS / 1000)
+
+
+def _nothing() -> None:
+    """Nobody listens."""
 
 
 def _memory(handle: Any) -> tuple[int, int, int]:
