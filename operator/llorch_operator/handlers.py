@@ -47,6 +47,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.enforce_retry_after = True
     settings.posting.level = logging.WARNING
     settings.posting.reporting_component = "llorch-operator"
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # at info it tells of every event that a handler took
     settings.process.ultimate_exiting_timeout = 20
     settings.peering.standalone = True
     settings.persistence.finalizer = f"{GROUP}/finalizer"
