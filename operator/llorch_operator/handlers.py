@@ -1,4 +1,4 @@
-"""kopf's part: watch events in, Kubernetes Events out. Every handler is a sentence into modules that know no kopf.
+"""kopf's part: watch events in. Every handler is a sentence into modules that know no kopf.
 
 Only `on.event` is used, and it returns None: no finalizer, no annotation, no extra PATCH per heartbeat.
 """
@@ -15,24 +15,9 @@ from pydantic import ValidationError
 from llorch_api import GROUP, VERSION, GPUNode, GPUPool
 
 from .core.views import PoolKey
-from .events import LoggedEvents
 from .fleet import Fleet
 
 log = logging.getLogger("llorch.operator.watch")
-
-
-class KubernetesEvents:
-    """Events as Kubernetes shows them in `kubectl describe`, and as log lines."""
-
-    def __init__(self) -> None:
-        self._log = LoggedEvents()
-
-    def emit(self, about: GPUNode | GPUPool, *, warning: bool, reason: str, message: str) -> None:
-        """Queues the Event; kopf posts it in the background."""
-        self._log.emit(about, warning=warning, reason=reason, message=message)
-        metadata = {"name": about.metadata.name, "namespace": about.metadata.namespace or None, "uid": about.metadata.uid}
-        body = kopf.Body({"apiVersion": about.api_version, "kind": about.kind, "metadata": metadata})  # type: ignore[typeddict-item]
-        kopf.event(body, type="Warning" if warning else "Normal", reason=reason, message=message)
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
@@ -45,8 +30,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.request_timeout = 10
     settings.networking.error_backoffs = (0.5, 1, 2, 4, 8)
     settings.networking.enforce_retry_after = True
-    settings.posting.level = logging.WARNING
-    settings.posting.reporting_component = "llorch-operator"
+    settings.posting.enabled = False  # llorch posts its own, from outside of handlers
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # at info it tells of every event that a handler took
     settings.process.ultimate_exiting_timeout = 20
     settings.peering.standalone = True

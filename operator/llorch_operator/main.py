@@ -57,20 +57,22 @@ async def _in_kopf(store: Store, settings: OperatorSettings, stop: asyncio.Event
     import kopf
 
     from .addresses import AgentPods
-    from .handlers import KubernetesEvents, build_registry
+    from .handlers import build_registry
+    from .kube_events import KubernetesEvents
     from .preflight import require_crds
 
     await require_crds(store)
-    operator = Operator(store, settings, events=KubernetesEvents(), claimed_hosts=False)
+    events = KubernetesEvents()
+    operator = Operator(store, settings, events=events, claimed_hosts=False)
     pods = AgentPods(operator.fleet, settings.namespace, settings.agent_selector)
-    reconciler = Companion(lambda: _both(operator.reconciler.run(), pods.run()), stop)
+    reconciler = Companion(lambda: _together(operator.reconciler.run(), pods.run(), events.run()), stop)
     registry = build_registry(operator.fleet, reconciler.start, reconciler.end)
     # kopf installs no signal handlers outside its own command line; `stop` ends it.
     await _serve(operator, settings, lambda: kopf.operator(registry=registry, clusterwide=True, standalone=True, stop_flag=stop))
     reconciler.raise_what_killed_it()
 
 
-async def _both(*parts: Coroutine[Any, Any, None]) -> None:
+async def _together(*parts: Coroutine[Any, Any, None]) -> None:
     async with asyncio.TaskGroup() as group:
         for part in parts:
             group.create_task(part)

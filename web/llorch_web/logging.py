@@ -40,7 +40,12 @@ def configure(component: str, **fields: str) -> None:
 
 
 def _extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
+    """What a call's `extra` holds. Objects of libraries that ride along there are not for a log line."""
+    return {
+        key: value
+        for key, value in vars(record).items()
+        if key not in _STANDARD and not key.startswith("_") and isinstance(value, (str, int, float, bool))
+    }
 
 
 class JsonFormatter(logging.Formatter):
