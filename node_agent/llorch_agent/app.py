@@ -60,7 +60,7 @@ class Agent:
         facts: NodeFactsSource | None = None,
     ) -> None:
         self.settings = settings
-        in_cluster = (settings.store or default_store(os.environ)) == "kubernetes" and "KUBERNETES_SERVICE_HOST" in os.environ
+        in_cluster = (settings.store or default_store(os.environ)) == "kubernetes"
         draw = random.Random()
         roots = ModelRoots(settings.roots(in_cluster=in_cluster))
         handoffs = settings.runtime_dir.absolute()
@@ -303,7 +303,7 @@ def _facts_source(settings: AgentSettings, in_cluster: bool) -> NodeFactsSource:
         return StaticFacts(settings.node_labels)
     from .node_facts_kubernetes import KubernetesFacts
 
-    return KubernetesFacts(settings.node_id)
+    return KubernetesFacts(settings.node_id, settings.node_labels)
 
 
 def _version() -> str:

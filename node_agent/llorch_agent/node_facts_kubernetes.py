@@ -1,54 +1,57 @@
-"""The facts of a node from its Kubernetes Node object. Imported only in the cluster: it needs the kubernetes package."""
+"""The facts of a node from its Kubernetes Node object. Imported only with the Kubernetes store, whose package it needs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Final
 
-import aiohttp
-from kubernetes.aio import client, config
+from llorch_store import NotFound, StoreError
+from llorch_store.kube_connection import KubeConnection
 
 from .node_facts import KnownNode, facts_of
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 5.0
+TIMEOUT_S: Final = 5.0
 
 
 class KubernetesFacts:
-    """Reads one Node with the pod's service account."""
+    """Reads one Node. A machine that is none of the cluster's has the labels of its settings."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, labels: Mapping[str, str]) -> None:
         self._node = node
-        self._api: Any = None
+        self._otherwise = KnownNode(facts_of(labels, unschedulable=False))
+        self._connection: KubeConnection | None = None
+        self._open = AsyncExitStack()
         self._said = ""
 
     async def read(self) -> KnownNode | None:
         """Labels, cordon and uid of the Node; None while the API server does not say."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                node = await self._core().read_node(self._node)
-        except (client.ApiException, config.ConfigException, aiohttp.ClientError, TimeoutError) as error:
-            self._say(f"cannot read Node {self._node}: {getattr(error, 'reason', None) or error or type(error).__name__}")
+                if self._connection is None:
+                    self._connection = await self._open.enter_async_context(KubeConnection())
+                node = await self._connection.request("GET", f"/api/v1/nodes/{self._node}")
+        except NotFound:
+            self._say(f"the cluster has no Node {self._node}; LLORCH_NODE_LABELS counts", logging.INFO)
+            return self._otherwise
+        except (StoreError, TimeoutError) as error:
+            self._say(f"cannot read Node {self._node}: {error or 'no answer in time'}", logging.WARNING)
             return None
-        self._say("")
-        facts = facts_of(node.metadata.labels or {}, unschedulable=bool(node.spec.unschedulable))
-        return KnownNode(facts, node.metadata.uid)
+        self._said = ""
+        meta, spec = node["metadata"], node.get("spec", {})
+        facts = facts_of(meta.get("labels") or {}, unschedulable=bool(spec.get("unschedulable")))
+        return KnownNode(facts, meta["uid"])
 
     async def close(self) -> None:
         """Closes the connections."""
-        if self._api is not None:
-            await self._api.close()
-            self._api = None
+        self._connection = None
+        await self._open.aclose()
 
-    def _core(self) -> Any:
-        if self._api is None:
-            config.load_incluster_config()  # type: ignore[no-untyped-call]
-            self._api = client.ApiClient()
-        return client.CoreV1Api(self._api)
-
-    def _say(self, text: str) -> None:
-        if text and text != self._said:
-            log.warning("%s", text)
-        self._said = text
+    def _say(self, text: str, level: int) -> None:
+        if text != self._said:
+            self._said = text
+            log.log(level, "%s", text)

@@ -100,7 +100,7 @@ class Node:
 
 
 @asynccontextmanager
-async def running(root: Path, store: Store, **more: Any) -> AsyncIterator[Node]:
+async def running(root: Path, store: Store, /, **more: Any) -> AsyncIterator[Node]:
     """An agent at work while the context lasts."""
     agent = Agent(settings(root, **more), store)
     await agent.start()
