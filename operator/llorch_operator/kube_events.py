@@ -11,11 +11,11 @@ import os
 import secrets
 import socket
 from datetime import UTC, datetime
-
-from kubernetes.aio import client
-from kubernetes.aio.client import ApiException
+from typing import Any
 
 from llorch_api import GPUNode, GPUPool
+from llorch_store import StoreError
+from llorch_store.kube_connection import KubeConnection
 
 from .events import LoggedEvents
 
@@ -33,7 +33,7 @@ class KubernetesEvents:
 
     def __init__(self) -> None:
         self._log = LoggedEvents()
-        self._waiting: asyncio.Queue[client.CoreV1Event] = asyncio.Queue(BACKLOG)
+        self._waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(BACKLOG)
         self._instance = os.environ.get("HOSTNAME") or socket.gethostname()
 
     def emit(self, about: GPUNode | GPUPool, *, warning: bool, reason: str, message: str) -> None:
@@ -46,33 +46,35 @@ class KubernetesEvents:
 
     async def run(self) -> None:
         """Posts what is queued until cancelled."""
-        async with client.ApiClient() as api:
-            core = client.CoreV1Api(api)
+        async with KubeConnection() as api:
             while True:
                 event = await self._waiting.get()
                 try:
-                    await core.create_namespaced_event(event.metadata.namespace or "default", event, _request_timeout=10)
-                except (ApiException, OSError, TimeoutError) as error:
-                    log.warning("could not post an event: %s", getattr(error, "reason", None) or error)
+                    await api.request("POST", f"/api/v1/namespaces/{event['metadata']['namespace']}/events", body=event)
+                except StoreError as error:
+                    log.warning("could not post an event: %s", error)
 
-    def _event(self, about: GPUNode | GPUPool, warning: bool, reason: str, message: str) -> client.CoreV1Event:
+    def _event(self, about: GPUNode | GPUPool, warning: bool, reason: str, message: str) -> dict[str, Any]:
         now, meta = datetime.now(UTC), about.metadata
-        return client.CoreV1Event(
-            metadata=client.V1ObjectMeta(
-                name=f"{meta.name[:200]}.{now.timestamp():.0f}{secrets.token_hex(4)}", namespace=meta.namespace or "default"
-            ),
-            involved_object=client.V1ObjectReference(
-                api_version=about.api_version, kind=about.kind, name=meta.name, namespace=meta.namespace or None, uid=meta.uid
-            ),
-            type="Warning" if warning else "Normal",
-            reason=reason,
-            message=message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 1]}…",
-            action=reason,
-            first_timestamp=now,
-            last_timestamp=now,
-            event_time=now,
-            count=1,
-            source=client.V1EventSource(component=REPORTER),
-            reporting_component=REPORTER,
-            reporting_instance=self._instance,
-        )
+        moment = now.isoformat(timespec="seconds").replace("+00:00", "Z")
+        subject = {"apiVersion": about.api_version, "kind": about.kind, "name": meta.name, "uid": meta.uid}
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {
+                "name": f"{meta.name[:200]}.{now.timestamp():.0f}{secrets.token_hex(4)}",
+                "namespace": meta.namespace or "default",
+            },
+            "involvedObject": {**subject, "namespace": meta.namespace} if meta.namespace else subject,
+            "type": "Warning" if warning else "Normal",
+            "reason": reason,
+            "message": message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 1]}…",
+            "action": reason,
+            "firstTimestamp": moment,
+            "lastTimestamp": moment,
+            "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "count": 1,
+            "source": {"component": REPORTER},
+            "reportingComponent": REPORTER,
+            "reportingInstance": self._instance,
+        }
