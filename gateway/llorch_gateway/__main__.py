@@ -1,0 +1,5 @@
+"""`python -m llorch_gateway`."""
+
+from .main import main
+
+main()
