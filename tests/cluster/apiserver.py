@@ -70,7 +70,7 @@ class ApiServer:
         return path
 
     def launch(self) -> None:
-        """Starts kube-apiserver; its objects are in etcd. From the main thread: the server ends with the thread that started it."""
+        """Starts kube-apiserver on the same etcd. From the main thread: the server ends with the thread that started it."""
         self._process = _spawn(self._command, self._log)
 
     def wait_until_ready(self) -> None:

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from llorch_api import GPUNode, GPUPool, ObjectMeta
+from llorch_api import GPUNode, GPUNodeSpec, GPUPool, ObjectMeta
 from llorch_api.meta import OwnerReference
 from llorch_store import Conflict, Event, EventType, Invalid, Key, NotFound, Store, key_of
 from llorch_store.core.validation import parse
@@ -316,6 +316,38 @@ async def test_a_list_is_of_one_kind_and_one_namespace(store: Store) -> None:
     listing = await store.list(GPUNode)
     assert [key_of(n) for n in listing.items] == [Key("", "n")]
     assert listing.resource_version
+
+
+class PickyNode(GPUNode):
+    """A GPUNode as a version would read it that cannot read all of them."""
+
+    spec: PickySpec
+
+
+class PickySpec(GPUNodeSpec):
+    unschedulable: Literal[True]
+
+
+async def test_an_object_that_this_version_cannot_read_is_skipped_with_one_warning(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, unschedulable in (("bad", False), ("good", True)):
+        await store.apply(node(name, unschedulable=unschedulable), field_manager=ME)
+
+    with pytest.raises(Invalid, match="unschedulable"):
+        await store.get(PickyNode, Key("", "bad"))
+    for _ in range(2):
+        assert [item.metadata.name for item in (await store.list(PickyNode)).items] == ["good"]
+    async with watching(store, PickyNode) as watch:
+        assert await watch.until_synced() == ["ADDED good"]
+        await store.apply(node("good", unschedulable=False), field_manager=ME)
+        await store.apply(node("bad", unschedulable=True), field_manager=ME)
+        assert await watch.next() == "ADDED bad"
+        await store.delete(GPUNode, Key("", "good"))
+        assert await watch.next() == "DELETED good"
+
+    warned = [record.message for record in caplog.records if record.name == "llorch_store.reading"]
+    assert len([line for line in warned if "GPUNode bad" in line]) == 1
 
 
 async def test_a_watch_tells_what_is_there_then_every_change(store: Store) -> None:

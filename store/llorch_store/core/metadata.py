@@ -16,8 +16,8 @@ _ANNOTATIONS_LIMIT = 256 * 1024
 
 def metadata_faults(metadata: ObjectMeta, *, namespaced: bool) -> Iterator[str]:
     """What the API server would refuse in `metadata`, one line each."""
-    if not (_SUBDOMAIN.fullmatch(metadata.name) and len(metadata.name) <= 253):
-        yield f"metadata.name: {metadata.name!r} — must be lowercase letters, digits, '-' and '.', at most 253"
+    if fault := name_fault(metadata.name):
+        yield f"metadata.name: {fault}"
     if namespaced and not (_LABEL.fullmatch(metadata.namespace) and len(metadata.namespace) <= 63):
         yield f"metadata.namespace: {metadata.namespace!r} — must be lowercase letters, digits and '-', 1 to 63"
     for key, value in metadata.labels.items():
@@ -30,6 +30,13 @@ def metadata_faults(metadata: ObjectMeta, *, namespaced: bool) -> Iterator[str]:
             yield f"metadata.annotations: {key!r} — must be [PREFIX/]NAME of letters, digits, '-', '_' and '.', NAME at most 63"
     if sum(len(key.encode()) + len(value.encode()) for key, value in metadata.annotations.items()) > _ANNOTATIONS_LIMIT:
         yield f"metadata.annotations: more than {_ANNOTATIONS_LIMIT} bytes in all"
+
+
+def name_fault(name: str) -> str:
+    """Why no object can have this name; empty where one can."""
+    if _SUBDOMAIN.fullmatch(name) and len(name) <= 253:
+        return ""
+    return f"{name!r} — must be lowercase letters, digits, '-' and '.', at most 253"
 
 
 def _qualified(key: str) -> bool:
