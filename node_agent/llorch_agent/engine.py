@@ -58,8 +58,8 @@ class EngineLog:
             if self.path.stat().st_size > MAX_LOG_BYTES:
                 shutil.copyfile(self.path, self._older)
                 os.truncate(self.path, 0)
-        except FileNotFoundError:
-            return
+        except OSError as error:
+            log.warning("%s: cannot be rotated: %s", self.path, error.strerror)
 
 
 class EngineProcess:
@@ -142,7 +142,8 @@ def spawn(
 ) -> EngineProcess:
     """Starts `command`. Must be called on the main thread: the engine dies with the thread that forked it.
 
-    A file for its log instead of a pipe: an engine never blocks on a reader, and its last words are there after its agent's.
+    Raises OSError, and has started nothing then. The log is a file and no pipe: an engine never blocks on its reader, and its
+    last words are there even after its agent's.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("engines are started on the main thread: they would end with another one")
@@ -156,5 +157,11 @@ def spawn(
             env=dict(environment),
             start_new_session=True,
         )
+    try:
+        started = EngineProcess(process, runs.started(run, process.pid), runs, engine_log)
+    except OSError:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     log.info("%s: started as pid %d", replica, process.pid)
-    return EngineProcess(process, runs.started(run, process.pid), runs, engine_log)
+    return started

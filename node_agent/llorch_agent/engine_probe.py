@@ -11,7 +11,7 @@ import aiohttp
 
 from .core.adoption import Answer, Health
 
-PROBE_S: Final = 3.0
+PROBE_S = 3.0
 """Seconds for one answer."""
 
 _MAX_BODY: Final = 1 << 20
@@ -23,10 +23,10 @@ class EngineProbe:
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
 
-    async def ask(self, base_url: str, timeout_s: float = PROBE_S) -> Answer:
+    async def ask(self, base_url: str) -> Answer:
         """Health and, from an engine that is up, its properties. Never raises for what an engine does."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(PROBE_S):
                 status, _ = await self._get(f"{base_url}/health")
                 if status == 503:
                     return Answer(Health.LOADING)
@@ -35,7 +35,7 @@ class EngineProbe:
                 # 404: an engine without /health; that it answers is what there is to know.
                 status, body = await self._get(f"{base_url}/props")
         except TimeoutError:
-            return Answer(Health.SILENT, f"nothing within {timeout_s:g} s")
+            return Answer(Health.SILENT, f"nothing within {PROBE_S:g} s")
         except (aiohttp.ClientError, OSError) as error:
             return Answer(Health.DOWN, _reason(error))
         return _with_properties(body) if status == 200 else Answer(Health.UP)

@@ -125,8 +125,14 @@ _ENUMS: tuple[_Enum, ...] = (
 
 _TENSOR_SPLIT = ("-ts", "--tensor-split")
 _NO_MMAP = "--no-mmap"
+_CPU_MOE = ("-cmoe", "--cpu-moe")
+_N_CPU_MOE = ("-ncmoe", "--n-cpu-moe")
+_EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+"""Tensors of a mixture's experts, as llama.cpp names them."""
+
 FLAGS: frozenset[str] = frozenset(
-    [name for group in (_OPTIONS, _SWITCHES, _ENUMS) for option in group for name in option.names] + [*_TENSOR_SPLIT, _NO_MMAP]
+    [name for group in (_OPTIONS, _SWITCHES, _ENUMS) for option in group for name in option.names]
+    + [*_TENSOR_SPLIT, _NO_MMAP, *_CPU_MOE, *_N_CPU_MOE]
 )
 """What the shim accepts."""
 
@@ -156,6 +162,8 @@ def parse(arguments: Sequence[str], xllamacpp: Any) -> Any:
         add(each.names, partial(_set_enum, params, xllamacpp, each))
     add(_TENSOR_SPLIT, partial(_split, params))
     add((_NO_MMAP,), lambda _: _set(params, "load_mode", xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE), action="store_true")
+    add(_CPU_MOE, lambda _: _set(params, "tensor_buft_overrides", f"{_EXPERTS}=CPU"), action="store_true")
+    add(_N_CPU_MOE, partial(_experts_of_layers, params))
     try:
         for key, value in vars(parser.parse_args(_joined(arguments))).items():
             setters[key](value)
@@ -223,6 +231,12 @@ def _set_enum(params: Any, xllamacpp: Any, option: _Enum, text: str) -> None:
     if member is None:
         raise ValueError(f"{option.names[-1]} {text}")
     _set(params, option.field, member)
+
+
+def _experts_of_layers(params: Any, text: str) -> None:
+    if not text.isdigit():
+        raise ValueError(f"--n-cpu-moe {text}")
+    params.tensor_buft_overrides = ",".join(rf"blk\.{layer}{_EXPERTS}=CPU" for layer in range(int(text)))
 
 
 def _split(params: Any, text: str) -> None:

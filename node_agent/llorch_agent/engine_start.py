@@ -60,7 +60,10 @@ class Starter:
         for _ in range(PORT_ATTEMPTS):
             port = free_port()
             base_url = f"http://127.0.0.1:{port}"
-            process = self._spawn(command, launch, port)
+            try:
+                process = self._spawn(command, launch, port)
+            except OSError as error:
+                raise EngineFailedError(Ending(EndKind.EXITED, f"cannot be started: {error}"[:MAX_MESSAGE])) from error
             on_pid(process.pid)
             try:
                 failure = await self._until_ready(process, base_url, launch, deadline_s)

@@ -225,9 +225,16 @@ class Engines:
 
     async def _own(self) -> None:
         """Launching is for one agent per directory. Who takes over ends first what the one before left behind."""
-        if not self._owner and self._runs.own():
-            await self._runs.reap()
-            self._owner = True
+        if self._owner:
+            return
+        try:
+            if self._runs.own():
+                await self._runs.reap()
+                self._owner = True
+        except OSError as error:
+            self._say(
+                str(self._runs.directory), "", f"cannot be written, so no engine is launched: {os.strerror(error.errno or 0)}"
+            )
 
     async def _engine(self) -> EngineCommand:
         if self._command is None:

@@ -26,13 +26,13 @@ from .replicas import Replica, Replicas
 
 log = logging.getLogger(__name__)
 
-PROBE_INTERVAL_S: Final = 2.0
+PROBE_INTERVAL_S = 2.0
 """Between probes of an adopted engine. Each restarts the timer by which llama-server notices clients that left (1 s)."""
 
 FIRST_PROBE_INTERVAL_S: Final = 0.1
 """Between the first probes of an engine that does not answer yet; each is half as long again, up to PROBE_INTERVAL_S."""
 
-HEALTH_INTERVAL_S: Final = 5.0
+HEALTH_INTERVAL_S = 5.0
 HEALTH_FAILURES: Final = 3
 """Failed health checks in a row after which a launched engine that hangs is ended."""
 

@@ -92,7 +92,7 @@ class RunFiles:
         for path in sorted(self.directory.glob("*.run")):
             run = _read(path)
             if run is not None and run.boot == boot_id():
-                if left := living(run):
+                if left := await asyncio.to_thread(living, run):
                     found.append(run.replica)
                     log.warning("%s: ending %d processes that outlived their agent", run.replica, len(left))
                 if not await end(run, REAP_S):
@@ -122,7 +122,7 @@ async def end(run: Run, within_s: float) -> bool:
     """Kills every process of that engine. False when some are still there after `within_s`."""
     try:
         async with asyncio.timeout(within_s):
-            while left := living(run):
+            while left := await asyncio.to_thread(living, run):
                 for pid in left:
                     try:
                         os.kill(pid, signal.SIGKILL)

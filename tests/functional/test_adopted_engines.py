@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from engine_node import Node, alive, foreign_engine, launch, running
 
+from llorch_agent import engine_probe, keeper
 from llorch_agent.engine import free_port
 from llorch_api import ReplicaOrigin, ReplicaState
 from llorch_model.tiny import write_tiny
@@ -86,7 +87,9 @@ async def test_an_engine_that_dies_takes_no_more_requests_and_is_back_when_it_is
         assert await node.until_state("pool-0_r0", ReplicaState.READY) is replica
 
 
-async def test_an_engine_that_hangs_is_noticed(node: Node, model: Path) -> None:
+async def test_an_engine_that_hangs_is_noticed(node: Node, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_probe, "PROBE_S", 0.5)
+    monkeypatch.setattr(keeper, "PROBE_INTERVAL_S", 0.5)
     async with foreign_engine(model) as (pid, url):
         node.write("a.json", adopt(url))
         await node.until_state("pool-0_r0", ReplicaState.READY)
@@ -96,7 +99,7 @@ async def test_an_engine_that_hangs_is_noticed(node: Node, model: Path) -> None:
         finally:
             os.kill(pid, signal.SIGCONT)
 
-        assert replica.message == f"{url} does not answer: nothing within 3 s"
+        assert replica.message == f"{url} does not answer: nothing within 0.5 s"
         await node.until_state("pool-0_r0", ReplicaState.READY)
 
 

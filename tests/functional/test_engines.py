@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from engine_node import SOON_S, Node, alive, gone, launch, running, script, tokens
 
-from llorch_agent import engine, engine_start
+from llorch_agent import engine, engine_probe, engine_start, keeper
 from llorch_agent.core.handoff import launch_document
 from llorch_agent.handoff import write_atomically
 from llorch_api import AssignedDevice, AssignedModel, Assignment, ReplicaOrigin, ReplicaState
@@ -37,14 +37,20 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
 
 
 async def test_a_file_that_asks_for_an_engine_gets_one_within_a_second(node: Node, model: Path) -> None:
-    took = []
-    for number in (2, 1, 0):  # the best of three, for machines that have other things to do
+    for number in range(5):  # on a machine that has other things to do, one of five
         written = time.monotonic()
-        node.write(f"chat_r{number}.json", launch(model, f"r{number}"))
-        replica = await node.until_state(f"chat_r{number}", ReplicaState.READY)
-        took.append(time.monotonic() - written)
+        revision = str(number)
+        node.write("chat_r0.json", launch(model) | {"revision": revision})
+        await node.until(
+            lambda revision=revision: (found := node.replicas.get("chat_r0")) and found.revision == revision and found.serving
+        )
+        took = time.monotonic() - written
+        if took < 1:
+            break
 
-    assert min(took) < 1.0
+    assert took < 1
+    replica = node.replicas.get("chat_r0")
+    assert replica is not None
     assert (replica.pool, replica.origin, replica.slots.total) == ("chat", ReplicaOrigin.LAUNCHED, 2)
     assert alive(replica.pid)
     assert await tokens(replica.base_url) == 4
@@ -302,3 +308,29 @@ async def test_closing_ends_all_engines_at_once_and_within_five_seconds_even_bus
         assert len(node.replicas) == 0
         for stream in streams:
             stream.close()
+
+
+async def test_an_engine_that_hangs_is_replaced(node: Node, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "HEALTH_INTERVAL_S", 0.1)
+    monkeypatch.setattr(engine_probe, "PROBE_S", 0.2)
+    node.write("chat_r0.json", launch(model))
+    replica = await node.until_state("chat_r0", ReplicaState.READY)
+    pid = replica.pid
+
+    os.kill(pid, signal.SIGSTOP)
+
+    await node.until(lambda: "failed 3 health checks: nothing within 0.2 s" in replica.message)
+    await node.until_state("chat_r0", ReplicaState.READY)
+    assert await gone(pid, 0)
+
+
+def test_a_log_stays_bounded_and_the_engine_goes_on_writing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_LOG_BYTES", 1000)
+    log = engine.EngineLog(tmp_path / "logs" / "r.log")
+    with open(log.path, "ab", buffering=0) as engines_own:
+        engines_own.write(b"old\n" * 400)
+        log.rotate()
+        engines_own.write(b"new\n")
+
+    assert log.tail() == ["new"]
+    assert (tmp_path / "logs" / "r.log.1").stat().st_size == 1600
