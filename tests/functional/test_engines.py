@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -33,6 +34,11 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
         yield started
 
 
+def serves(node: Node, revision: str) -> bool:
+    replica = node.replicas.get("chat_r0")
+    return replica is not None and replica.serving and replica.revision == revision
+
+
 # ---- launched
 
 
@@ -41,9 +47,7 @@ async def test_a_file_that_asks_for_an_engine_gets_one_within_a_second(node: Nod
         written = time.monotonic()
         revision = str(number)
         node.write("chat_r0.json", launch(model) | {"revision": revision})
-        await node.until(
-            lambda revision=revision: (found := node.replicas.get("chat_r0")) and found.revision == revision and found.serving
-        )
+        await node.until(partial(serves, node, revision))
         took = time.monotonic() - written
         if took < 1:
             break
