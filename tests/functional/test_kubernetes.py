@@ -107,6 +107,7 @@ class Story:
             "POOL_MANAGERD_RUNTIME_DIR": str(self.cwd / name / "engines"),
             "LLORCH_MODEL_DIR": str(self.cwd / name / "models"),
             "LLORCH_DEVICES": "cpu",
+            "LLORCH_MODEL_ROOTS": str(self.cwd),
         }
         return self.stack.enter_context(process("agent", cwd=self.cwd, log=f"agent-{name}.log", **{**self.shared, **environment}))
 
