@@ -21,6 +21,7 @@ from llorch_store import Store
 from llorch_store.default import default_store
 
 from .assignments import Assignments
+from .core.handoff import UrlPolicy
 from .core.heartbeat import Heartbeat, Pace
 from .core.readings import SystemReading
 from .core.snapshot import Facts, ModelFile, ReplicaFacts, compose
@@ -68,7 +69,11 @@ class Agent:
         self._engines = Engines(
             self.replicas,
             handoffs,
-            EngineSettings(engine=settings.engine or "", interval_s=settings.watch_interval_ms / 1000),
+            EngineSettings(
+                engine=settings.engine or "",
+                interval_s=settings.watch_interval_ms / 1000,
+                urls=UrlPolicy(own_addresses=settings.own_hosts),
+            ),
         )
         self.registry = CollectorRegistry()
         self._front_door = FrontDoor(self.replicas, node_id=settings.node_id, registry=self.registry)
@@ -131,7 +136,9 @@ class Agent:
     async def wait(self) -> None:
         """Returns when the agent was stopped, and raises what ended it otherwise."""
         if self._owner_task is not None:
-            await asyncio.shield(self._owner_task)
+            await asyncio.wait([self._owner_task])
+            if not self._owner_task.cancelled():
+                self._owner_task.result()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until `stop` is set. When a part dies, engines are ended and its error is raised."""
@@ -164,23 +171,28 @@ class Agent:
 
     async def _end(self) -> None:
         assert self._owner_task is not None
-        if not self._owner_task.done():
+        if self._owner_task.done():
+            await self._front_door.shutdown(0.0)
+        else:
             await self._engines.close()
             self._state = AgentState.STOPPED
-            try:
-                async with asyncio.timeout(TELL_S):
-                    await self._entries.finish()
-            except TimeoutError:
-                log.warning("the pools were not told in time that this node's replicas are gone")
-            if not await self._publisher.tell(AgentState.STOPPED, 2 * TELL_S):
-                log.warning("the store was not told in time that this agent has stopped; the node will be found silent")
-            await self._end_parts(*self._tasks)
-        else:
-            await self._front_door.shutdown(0.0)
-        await asyncio.wait([self._owner_task])
+            if "publisher" in self._tasks:
+                await self._say_goodbye()
+            self._owner_task.cancel()
+            await asyncio.wait([self._owner_task])
         await self._devices.close()
         await self._facts_source.close()
-        self._owner_task.result()
+        if not self._owner_task.cancelled():
+            self._owner_task.result()
+
+    async def _say_goodbye(self) -> None:
+        try:
+            async with asyncio.timeout(TELL_S):
+                await self._entries.finish()
+        except TimeoutError:
+            log.warning("the pools were not told in time that this node's replicas are gone")
+        if not await self._publisher.tell(AgentState.STOPPED, 2 * TELL_S):
+            log.warning("the store was not told in time that this agent has stopped; the node will be found silent")
 
     async def _end_parts(self, *names: str) -> None:
         tasks = [self._tasks[name] for name in names if name in self._tasks]
@@ -206,7 +218,11 @@ class Agent:
             part("publisher", self._publisher.run())
 
     async def _endless(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        await work
+        try:
+            await work
+        except Exception:
+            log.critical("the agent's %s failed, and the agent ends with it", name, exc_info=True)
+            raise
         if not self._stopping:
             raise RuntimeError(f"the agent's {name} ended by itself")
 

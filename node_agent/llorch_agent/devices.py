@@ -146,7 +146,7 @@ class Devices:
             if device.kind == "cpu":
                 mib = process_memory(replica.pid)
             else:
-                mib = sum(process.mib for process in device.processes if _group(process.pid) == replica.pid)
+                mib = sum(each.mib for each in device.processes if replica.pid in (each.pid, _group(each.pid)))
             if mib:
                 measured[device.uuid] = mib
         return Tenant(replica_id, replica.devices, measured)

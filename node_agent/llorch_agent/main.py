@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from llorch_store import StoreError
@@ -17,6 +18,8 @@ from llorch_web.settings import StartError, load
 
 from .app import Agent
 from .settings import AgentSettings
+
+log = logging.getLogger(__name__)
 
 SERVER_STOP_S = 1.0
 """For answers that are still being written when the engines are gone already."""
@@ -49,3 +52,7 @@ async def run(settings: AgentSettings) -> None:
                 await server.stop(SERVER_STOP_S)
     except StoreError as error:
         raise StartError(str(error)) from error
+    except ExceptionGroup as group:
+        # Each of them was logged where it happened.
+        log.critical("the agent ends: %s", group.message)
+        raise SystemExit(1) from group

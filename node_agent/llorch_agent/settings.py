@@ -114,6 +114,12 @@ class AgentSettings(BaseSettings):
         return f"http://{host}:{port}"
 
     @property
+    def own_hosts(self) -> frozenset[str]:
+        """Hosts that are this node for certain: a handoff file may name an engine on them."""
+        hosts = {urlsplit(self.advertised).hostname, urlsplit(f"//{self.addr}").hostname}
+        return frozenset(host for host in hosts if host and host not in ("0.0.0.0", "::"))
+
+    @property
     def port(self) -> int:
         """Port it listens on."""
         return urlsplit(f"//{self.addr}").port or 0

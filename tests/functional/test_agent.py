@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from agent_node import NODE, Node, assignment, running
+from agent_node import NODE, Node, assignment, running, settings
 from engine_node import alive, gone, tokens
+from faulty_store import FaultyStore
 
+from llorch_agent.app import Agent
 from llorch_api import AgentState, Desired, GPUNode, GPUPool, GPUPoolSpec, ModelSpec, ObjectMeta, ReplicaOrigin, ReplicaState
 from llorch_model.tiny import write_tiny
 from llorch_store import Key, Store
@@ -259,3 +262,36 @@ async def test_a_drain_deadline_ends_the_waiting(tmp_path: Path, store: Store, m
         await node.agent.stop(drain_s=0.3)
         assert time.monotonic() - began < 4
         assert not alive(replica.pid) if replica.pid else True
+
+
+async def test_an_agent_that_is_stopped_before_it_has_begun_ends_at_once(tmp_path: Path, store: Store):
+    agent = Agent(settings(tmp_path / "home"), store)
+    await agent.start()
+    began = time.monotonic()
+    await agent.stop()
+    assert time.monotonic() - began < 1.0
+
+
+async def test_a_part_that_dies_ends_the_agent_and_its_engines(tmp_path: Path, store: Store, model: Path):
+    class Broken(FaultyStore):
+        fuse = asyncio.Event()
+
+        async def watch(self, *arguments: Any, **more: Any) -> AsyncGenerator[Any, None]:
+            async for event in super().watch(*arguments, **more):
+                yield event
+                if self.fuse.is_set():
+                    raise RuntimeError("a bug")
+
+    broken = Broken(store)
+    agent = Agent(settings(tmp_path / "home"), broken)
+    node = Node(agent, store, tmp_path / "home")
+    running_ = asyncio.create_task(agent.run(asyncio.Event()))
+    await node.assign({"chat-abcde": assignment(model)})
+    await node.until_state("chat-abcde", ReplicaState.READY)
+    replica = agent.replicas.get("chat-abcde")
+    assert replica is not None
+    pid = replica.pid
+    broken.fuse.set()
+    with pytest.raises(ExceptionGroup):
+        await asyncio.wait_for(running_, 10)
+    assert not alive(pid)
