@@ -41,7 +41,7 @@ def serve(*, demo: bool) -> None:
     """Runs until SIGINT or SIGTERM. A setting or a place that does not do ends it with one line and exit code 2."""
     settings = load(HomeSettings)
     parts = Settings(settings, load(AgentSettings), load(OperatorSettings), load(GatewaySettings))
-    logs.configure("home")
+    logs.configure("home", for_people=True)
     run(lambda: _serve(parts, demo=demo))
 
 

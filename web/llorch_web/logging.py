@@ -24,18 +24,22 @@ class LogSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
     format: Literal["json", "text"] | None = Field(None, validation_alias="LLORCH_LOG_FORMAT")
-    """json, or text. Without it: text where stderr is a terminal, else json."""
-    level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LLORCH_LOG_LEVEL")
-    """Least severity that is written. debug is for developers: it writes a line per request and more."""
+    """json, or text. Without it: text where stderr is a terminal, and at home; else json."""
+    level: Literal["debug", "info", "warning", "error"] | None = Field(None, validation_alias="LLORCH_LOG_LEVEL")
+    """Least severity that is written: info, at home warning. debug is for developers: it writes a line per request and more."""
 
 
-def configure(component: str, **fields: str) -> None:
-    """Sends all logs to stderr. `fields`, for example node_id, are part of every line."""
+def configure(component: str, *, for_people: bool = False, **fields: str) -> None:
+    """Sends all logs to stderr. `fields`, for example node_id, are part of every line.
+
+    `for_people` is for a program that somebody watches, and that tells what it does by itself: text, warnings only.
+    """
     settings = load(LogSettings)
-    text = sys.stderr.isatty() if settings.format is None else settings.format == "text"
+    text = (for_people or sys.stderr.isatty()) if settings.format is None else settings.format == "text"
+    level = settings.level or ("warning" if for_people else "info")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter(sys.stderr) if text else JsonFormatter(component, fields))
-    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
