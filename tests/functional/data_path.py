@@ -31,6 +31,7 @@ from llorch_gateway.settings import GatewaySettings
 from llorch_store import Key
 from llorch_store.memory import MemoryStore
 from llorch_web.application import application
+from llorch_web.auth import Tokens
 from llorch_web.server import Server
 
 ENGINE = os.environ.get("LLORCH_ENGINE", "")
@@ -126,13 +127,14 @@ class Agent:
 
 
 @asynccontextmanager
-async def agent(*replicas: Replica, **options: Any) -> AsyncIterator[Agent]:
+async def agent(*replicas: Replica, token: str | None = None, **options: Any) -> AsyncIterator[Agent]:
     """A front door with these replicas."""
     table = Replicas()
     for each in replicas:
         table.put(each)
     door = FrontDoor(table, node_id="node", **options)
-    server = Server(application(door.routes()), "127.0.0.1:0", variable="POOL_MANAGERD_ADDR")
+    app = application(door.routes(), tokens=Tokens(token))
+    server = Server(app, "127.0.0.1:0", variable="POOL_MANAGERD_ADDR")
     await server.start()
     try:
         yield Agent(table, door, server)
