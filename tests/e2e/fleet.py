@@ -147,6 +147,10 @@ class Fleet:
         """Replicas in routing and the nodes they are on."""
         return {replica: endpoint["node"] for replica, endpoint in self.status("gpupool", pool).get("endpoints", {}).items()}
 
+    def assigned(self, node: str) -> list[str]:
+        """Replicas that the operator wants on a node."""
+        return list(self.get("gpunode", node).get("spec", {}).get("replicas", {}))
+
     def engines(self, node: str) -> int:
         """Engine processes on a node, whoever started them."""
         found = subprocess.run(["docker", "exec", node, "pgrep", "-fc", ENGINE], capture_output=True, text=True, timeout=20)
@@ -281,12 +285,13 @@ def running_fleet(machine: Machine, operator_image: str, agent_image: str) -> It
 
 
 def clean(fleet: Fleet) -> None:
-    """Removes what an earlier session left in a kept cluster."""
+    """Removes what an earlier session left in a kept cluster, and on its nodes."""
     if "llorch" in fleet.helm("list", "-q").split():
         fleet.helm("uninstall", "llorch", "--wait")
-    fleet.kubectl(
-        "delete", "crd", "gpunodes.llorch.dev", "gpupools.llorch.dev", "--ignore-not-found", "--timeout=60s", timeout=70
-    )
+    fleet.kubectl("delete", "crd", "gpunodes.llorch.dev", "gpupools.llorch.dev", "--ignore-not-found", "--timeout=50s")
+    eventually("the agents have ended", lambda: not fleet.kubectl("get", "pods", "-n", NAMESPACE, "-o", "name"), seconds=180)
+    for node in fleet.workers:
+        subprocess.run(["docker", "exec", node, "rm", "-rf", "/var/lib/llorch"], check=True, timeout=30)
 
 
 __all__ = ["NAME", "NAMESPACE", "CannotRun", "Fleet", "ForeignCluster", "eventually", "require_own_context", "running_fleet"]
