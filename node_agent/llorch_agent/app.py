@@ -232,7 +232,7 @@ class Agent:
             await work()
 
     async def _watch_replicas(self) -> None:
-        """A transition is told at once, and what the devices hold is read again; slots that come and go are not."""
+        """A transition is told at once, and devices, disk and model files are read again; slots that come and go are neither."""
         before: object = None
         version_ = self.replicas.version
         while True:
@@ -242,6 +242,7 @@ class Agent:
                 self._publisher.poke()
                 self._entries.poke()
                 await self._devices.read()
+                await self._read_system()
             version_ = await self.replicas.wait_beyond(version_)
             await asyncio.sleep(CALM_S)
 

@@ -103,16 +103,21 @@ class Assignments:
     async def run(self) -> None:
         """For ever. Fetches end with it; engines do not."""
         self._recall()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._watch(), name="watch assignments")
-            while True:
-                self._reconcile(group)
-                try:
-                    async with asyncio.timeout(LOOK_S):
-                        await self._wake.wait()
-                except TimeoutError:
-                    continue
-                self._wake.clear()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch(), name="watch assignments")
+                while True:
+                    self._reconcile(group)
+                    try:
+                        async with asyncio.timeout(LOOK_S):
+                            await self._wake.wait()
+                    except TimeoutError:
+                        continue
+                    self._wake.clear()
+        finally:
+            for replica_id, record in self._records.items():
+                if record.shown is not None and self._replicas.get(replica_id) is record.shown:
+                    self._replicas.remove(replica_id)
 
     # ---- what is wanted
 
@@ -152,6 +157,7 @@ class Assignments:
             if isinstance(entry, Launch) and entry.origin is ReplicaOrigin.ASSIGNED:
                 uid = self._through.get(entry.replica, "")
                 self._records[entry.replica] = _Record(Stage.LAUNCHED, entry.pool, entry.revision, uid, path)
+        self._through = {replica: uid for replica, uid in self._through.items() if replica in self._records}
 
     def _held(self) -> dict[str, Held]:
         held = {}
@@ -179,6 +185,9 @@ class Assignments:
         busy = {replica_id for replica_id, record in self._records.items() if record.ending}
         wanted = {replica_id: assignment for replica_id, assignment in wanted.items() if replica_id not in busy}
         held = {replica_id: have for replica_id, have in self._held().items() if replica_id not in busy}
+        for replica_id, have in held.items():
+            if have.stage is Stage.LAUNCHED and replica_id in wanted and self._records[replica_id].model is None:
+                self._records[replica_id].model = _local_model(wanted[replica_id])
         for action in decide(uid, wanted, held):
             record = self._records.get(action.replica)
             if record is None or not record.ending:
@@ -222,13 +231,12 @@ class Assignments:
                         digest=assignment.model.digest,
                         progress=lambda done, total: _progress(shown, done, total),
                     )
-                if assignment.model.source.startswith("file:"):
-                    record.model = ModelFile(found.digest, assignment.model.source, found.size_mib)
+                record.model = _local_model(assignment, found.digest, found.size_mib)
                 await self._note(replica_id, record.node_uid)
                 await _write(record.path, launch_document(replica_id, assignment, str(found.path)))
             except ModelError as error:
                 if not error.retryable:
-                    self._failed(replica_id, record, assignment, error.message)
+                    await self._failed(replica_id, record, assignment, error.message)
                     return
                 failures += 1
                 wait = max(error.retry_after or 0.0, min(RETRY_S[1], RETRY_S[0] * 2.0 ** (failures - 1)))
@@ -236,17 +244,20 @@ class Assignments:
                 log.warning("%s: %s; trying again in %.0f s", replica_id, error.message, wait)
                 await asyncio.sleep(wait * self._draw.uniform(0.9, 1.1))
             except OSError as error:
-                self._failed(replica_id, record, assignment, f"{self._handoffs}: cannot be written: {error.strerror or error}")
+                text = f"{self._handoffs}: cannot be written: {error.strerror or error}"
+                await self._failed(replica_id, record, assignment, text)
                 return
             else:
                 record.stage = Stage.LAUNCHED
                 log.info("%s: model %s is here, handoff file written", replica_id, found.path)
                 return
 
-    def _failed(self, replica_id: str, record: _Record, assignment: Assignment, message: str) -> None:
+    async def _failed(self, replica_id: str, record: _Record, assignment: Assignment, message: str) -> None:
         log.error("%s: %s", replica_id, message)
         record.stage = Stage.OVER
-        self._show(replica_id, record, assignment, ReplicaState.FAILED, message)
+        while self._show(replica_id, record, assignment, ReplicaState.FAILED, message) is None:
+            # Its engine of before is still ending.
+            await self._replicas.wait_beyond(self._replicas.version)
 
     async def _adopt(self, replica_id: str, uid: str) -> None:
         log.info("%s: taken over by the node's new object", replica_id)
@@ -312,6 +323,13 @@ class Assignments:
             self._replicas.put(record.shown)
         self._replicas.move(record.shown, state, time.time(), message)
         return record.shown
+
+
+def _local_model(assignment: Assignment, digest: str = "", size_mib: int = 0) -> ModelFile | None:
+    """The model of a `file:` source, for the node's list; fetched ones are in the model directory, which is listed itself."""
+    model = assignment.model
+    digest = digest or model.digest
+    return ModelFile(digest, model.source, size_mib or model.size_mib) if digest and model.source.startswith("file:") else None
 
 
 def _progress(shown: Replica | None, done: int, total: int) -> None:

@@ -167,6 +167,17 @@ async def test_the_file_of_an_assigned_replica_comes_back_when_it_is_deleted_by_
     await node.until_state("chat-abcde", ReplicaState.READY)
 
 
+async def test_a_file_deleted_by_hand_together_with_its_model_is_a_failed_replica(node: Node, model: Path, tmp_path: Path):
+    own = tmp_path / "own.gguf"
+    own.write_bytes(model.read_bytes())
+    await node.assign({"chat-abcde": assignment(own)})
+    await node.until_state("chat-abcde", ReplicaState.READY)
+    own.unlink()
+    (node.root / "engines" / "chat_chat-abcde.json").unlink()
+    await node.until_state("chat-abcde", ReplicaState.FAILED)
+    assert node.files == []
+
+
 async def test_an_agent_that_comes_back_finds_its_engines_and_does_what_changed_meanwhile(
     tmp_path: Path, store: Store, model: Path
 ):
