@@ -20,7 +20,7 @@ from agent_node import NODE, assignment
 from engine_node import processes_named
 
 from fixtures.fake_nvml import FakeGpus
-from llorch_api import AgentState, DeviceHealth, GPUNode, ReplicaState
+from llorch_api import AgentState, AssignedDevice, DeviceHealth, GPUNode, ReplicaState
 from llorch_model.tiny import write_tiny
 from llorch_store import NotFound, Store
 from llorch_store.factory import open_store
@@ -173,6 +173,32 @@ async def test_gpus_are_published_and_one_that_breaks_is_told_at_once(tmp_path: 
         assert devices[second].foreign_mib == 16_384, "nobody here uses it"
         gpus.add("event 1 8 79")
         await agent.until(lambda node: node.status.devices[second].health is DeviceHealth.UNHEALTHY, 1.0)
+
+
+async def test_what_an_engine_holds_on_its_gpu_is_neither_reserved_nor_foreign(tmp_path: Path, model: Path):
+    gpus = FakeGpus(tmp_path, "gpus 1\n0.total 25757220864\n0.used 1073741824\n")
+    first = "GPU-00000000-0000-0000-0000-000000000000"
+    mine = assignment(model, devices={first: AssignedDevice(vram_mib=3_000)})
+    async with running(tmp_path, LLORCH_DEVICES="nvml", **gpus.environment) as agent:
+        await agent.until(lambda node: node.status.heartbeat.sequence)
+
+        async def assign(name: str) -> GPUNode:
+            patch = {"spec": {"replicas": {name: mine.to_json()}}}
+            await agent.store.patch(GPUNode, NODE, patch, field_manager="llorch-operator")
+            return await agent.until(lambda node: name in node.status.replicas and node.status.replicas[name].state == "Ready")
+
+        node = await assign("chat-aaaaa")
+        report = node.status.replicas["chat-aaaaa"]
+        assert (report.vram_mib, report.reserved_mib) == (0, 3_000), "the driver shows nothing of it yet"
+        assert node.status.devices[first].foreign_mib == 1_024
+        (pid,) = processes_named(str(model))
+        gpus.add(f"0.proc {pid} {2_048 << 20}")
+        await assign("chat-bbbbb")  # a transition is a reason to look at the devices again
+        node = await agent.until(lambda node: node.status.replicas["chat-aaaaa"].vram_mib)
+        report = node.status.replicas["chat-aaaaa"]
+        assert (report.vram_mib, report.reserved_mib) == (2_048, 952)
+        assert node.status.devices[first].foreign_mib == 1_024
+        assert node.status.replicas["chat-bbbbb"].reserved_mib == 3_000
 
 
 async def test_sigterm_ends_an_idle_agent_within_a_second_with_the_last_word_said(tmp_path: Path):
