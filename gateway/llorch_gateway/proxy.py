@@ -94,7 +94,7 @@ class Proxy:
             if not order:
                 break
             endpoint = order[0].endpoint
-            tried.add(endpoint.replica)
+            tried.add(endpoint.id)
             result = await self._try(request, asked, endpoint, tried, outcome)
             if isinstance(result, web.StreamResponse):
                 return result
@@ -108,7 +108,7 @@ class Proxy:
         found = []
         for endpoint in now.endpoints:
             link = self._agents.link(endpoint.agent)
-            if endpoint.replica in tried or link is None:
+            if endpoint.id in tried or link is None:
                 continue
             if (each := link.candidate(endpoint, kept=now.kept)) is not None:
                 found.append(each)

@@ -109,5 +109,5 @@ class PoolStatusWriter:
             ):
                 self._refused[key] = self._clock()
                 self._events.emit(pool, warning=True, reason=item.reason, message=item.message)
-            elif item.type == "Available" and (before is None or before.status is not item.status):
+            elif item.type == "Available" and item.status is not (before.status if before else ConditionStatus.FALSE):
                 self._events.emit(pool, warning=item.status is not ConditionStatus.TRUE, reason=item.reason, message=item.message)

@@ -129,7 +129,9 @@ class Story:
 def story(no_resources: ApiServer, tmp_path: Path) -> Iterator[Story]:
     write_tiny(tmp_path / "m.gguf")
     with ExitStack() as stack:
-        yield Story(no_resources, tmp_path, stack)
+        told = Story(no_resources, tmp_path, stack)
+        stack.enter_context(told.client)
+        yield told
     for kind in ("gpupools", "gpunodes", "pods"):
         no_resources.kubectl("delete", kind, "--all", "--grace-period=0", "--force", check=False)
 

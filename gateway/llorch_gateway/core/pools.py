@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import NamedTuple
 
-from llorch_api import GPUPool, ReplicaState
+from llorch_api import Endpoint, GPUPool, ReplicaState
 from llorch_api.gpupool import HANDOFF_SOURCE
 
 
@@ -23,6 +23,7 @@ class EndpointView:
     """A replica in routing."""
 
     replica: str
+    """Its id on its agent. Those that handoff files brought have another one in the pool's status, unique over all nodes."""
     node: str
     agent: str
     """Base URL of its agent."""
@@ -119,15 +120,21 @@ def _served_name(pool: GPUPool, qualified: bool) -> str:
     return f"{pool.metadata.namespace}/{pool.metadata.name}" if qualified else pool.metadata.name
 
 
+def _endpoint(endpoint: Endpoint) -> EndpointView | None:
+    url = endpoint.url.rstrip("/")
+    agent, _, replica = url.rpartition("/replicas/")
+    return EndpointView(replica, endpoint.node, agent, url, endpoint.slots_total) if agent and replica else None
+
+
 def _view(pool: GPUPool, before: PoolView | None, qualified: bool) -> PoolView:
     view = PoolView(
         key=PoolKey(pool.metadata.namespace, pool.metadata.name),
         name=_served_name(pool, qualified),
         created=_created(pool),
         endpoints=tuple(
-            EndpointView(replica, endpoint.node, agent, endpoint.url.rstrip("/"), endpoint.slots_total)
-            for replica, endpoint in sorted(pool.status.endpoints.items())
-            if endpoint.state is ReplicaState.READY and (agent := endpoint.url.rpartition("/replicas/")[0])
+            view
+            for _, endpoint in sorted(pool.status.endpoints.items())
+            if endpoint.state is ReplicaState.READY and (view := _endpoint(endpoint)) is not None
         ),
         kept=False,
         reason=pool.status.reason,

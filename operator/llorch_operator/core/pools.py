@@ -108,14 +108,14 @@ def status_of(
 
 def _available(pool: GPUPool, ready: int, counted: _Counted) -> Condition:
     wanted, generation = pool.spec.replicas, pool.metadata.generation
-    text = f"{ready} of {wanted} replicas serve"
+    text = f"{ready} of {max(wanted, counted.placed)} replicas serve"
     if counted.troubles:
         text += "; " + "; ".join(counted.troubles[:5])
     if ready and ready >= wanted:
         return condition("Available", True, Reason.ALL_READY, text, generation)
     if ready:
         return condition("Available", True, Reason.PARTLY_READY, text, generation)
-    if wanted == 0:
+    if wanted == 0 and not counted.placed:
         return condition("Available", False, Reason.SCALED_TO_ZERO, "no replica is wanted", generation)
     failed = any(f": {ReplicaState.FAILED.value}: " in trouble for trouble in counted.troubles)
     return condition("Available", False, Reason.REPLICA_FAILED if failed else Reason.NOT_READY, text, generation)
