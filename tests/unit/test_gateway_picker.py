@@ -13,7 +13,7 @@ from llorch_gateway.core.pools import EndpointView
 
 
 def endpoint(name: str, slots: int = 4) -> EndpointView:
-    return EndpointView(name, "node", "http://a", f"http://a/replicas/{name}", slots)
+    return EndpointView(name, name, "node", "http://a", f"http://a/replicas/{name}", slots)
 
 
 def names(found: list[Candidate]) -> list[str]:

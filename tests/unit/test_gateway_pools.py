@@ -37,6 +37,12 @@ def pool(
     )
 
 
+def with_endpoint(endpoint_id: str, url: str) -> GPUPool:
+    """Pool `a` with one endpoint."""
+    made = pool("a")
+    return made.model_validate({**made.to_json(), "status": {"endpoints": {endpoint_id: {"url": url}}}})
+
+
 def table(*pools: GPUPool, previous: PoolTable = EMPTY, qualified: bool = False) -> PoolTable:
     return build(pools, previous, qualified=qualified)
 
@@ -96,9 +102,8 @@ def test_only_ready_endpoints_are_routed_to() -> None:
 
 
 def test_an_endpoint_whose_url_is_no_replicas_url_is_left_out() -> None:
-    strange = pool("a", endpoints=("a-1",))
-    broken = strange.model_validate({**strange.to_json(), "status": {"endpoints": {"a-1": {"url": "http://10.0.0.1:9200/x"}}}})
-    assert endpoints(table(broken), "a") == []
+    for url in ("http://10.0.0.1:9200/x", "http://10.0.0.1:9200/replicas/", "/replicas/a-1", ""):
+        assert endpoints(table(with_endpoint("a-1", url)), "a") == []
 
 
 def test_the_last_known_endpoints_are_kept_when_all_would_vanish_from_a_pool_that_is_wanted() -> None:
@@ -113,6 +118,14 @@ def test_the_last_known_endpoints_are_kept_when_all_would_vanish_from_a_pool_tha
     assert back is not None
     assert not back.kept
     assert [each.replica for each in back.endpoints] == ["a-3"]
+
+
+def test_an_engine_out_of_a_handoff_file_has_a_name_of_its_node_and_one_of_its_agent() -> None:
+    found = table(with_endpoint("gpu-1.r0", "http://10.0.0.1:9200/replicas/r0/")).resolve("a")
+    assert found is not None
+    (endpoint,) = found.endpoints
+    assert (endpoint.id, endpoint.replica, endpoint.agent) == ("gpu-1.r0", "r0", "http://10.0.0.1:9200")
+    assert endpoint.url == "http://10.0.0.1:9200/replicas/r0"
 
 
 def test_one_endpoint_less_is_one_less() -> None:

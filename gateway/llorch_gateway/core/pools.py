@@ -22,8 +22,10 @@ class PoolKey(NamedTuple):
 class EndpointView:
     """A replica in routing."""
 
+    id: str
+    """Its id in the pool's status, unique over all nodes."""
     replica: str
-    """Its id on its agent. Those that handoff files brought have another one in the pool's status, unique over all nodes."""
+    """Its id on its agent: another one where a handoff file brought it."""
     node: str
     agent: str
     """Base URL of its agent."""
@@ -120,10 +122,10 @@ def _served_name(pool: GPUPool, qualified: bool) -> str:
     return f"{pool.metadata.namespace}/{pool.metadata.name}" if qualified else pool.metadata.name
 
 
-def _endpoint(endpoint: Endpoint) -> EndpointView | None:
+def _endpoint(id_: str, endpoint: Endpoint) -> EndpointView | None:
     url = endpoint.url.rstrip("/")
     agent, _, replica = url.rpartition("/replicas/")
-    return EndpointView(replica, endpoint.node, agent, url, endpoint.slots_total) if agent and replica else None
+    return EndpointView(id_, replica, endpoint.node, agent, url, endpoint.slots_total) if agent and replica else None
 
 
 def _view(pool: GPUPool, before: PoolView | None, qualified: bool) -> PoolView:
@@ -133,8 +135,8 @@ def _view(pool: GPUPool, before: PoolView | None, qualified: bool) -> PoolView:
         created=_created(pool),
         endpoints=tuple(
             view
-            for _, endpoint in sorted(pool.status.endpoints.items())
-            if endpoint.state is ReplicaState.READY and (view := _endpoint(endpoint)) is not None
+            for id_, endpoint in sorted(pool.status.endpoints.items())
+            if endpoint.state is ReplicaState.READY and (view := _endpoint(id_, endpoint)) is not None
         ),
         kept=False,
         reason=pool.status.reason,
