@@ -30,8 +30,8 @@ class ModelSpec(ApiModel):
         Field(
             min_length=5,
             max_length=256,
-            description="Where the GGUF is: file:/path (on the nodes), https://…, hf:org/repo[/file.gguf][@rev], s3://bucket/key; "
-            "handoff: where engines come by handoff files.",
+            description="Where the GGUF is: file:/path (on the nodes), https://…, hf:org/repo[/file.gguf][@rev], "
+            "s3://bucket/key; handoff: where engines come by handoff files.",
             json_schema_extra={
                 "x-kubernetes-validations": [
                     {

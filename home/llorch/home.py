@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aiohttp import web
-from llorch_gateway.app import Gateway
-from llorch_gateway.settings import GatewaySettings
 
 from llorch_agent.app import Agent
 from llorch_agent.settings import AgentSettings
+from llorch_gateway.app import Gateway
+from llorch_gateway.settings import GatewaySettings
 from llorch_operator.app import Operator, node_api_off
 from llorch_operator.settings import OperatorSettings
 from llorch_store import Store, StoreError

@@ -253,6 +253,13 @@ def test_a_replica_s_id_on_its_node_starts_with_its_pool() -> None:
     assert local_id("chat", "chat-x7k2p") == "chat-x7k2p"
 
 
+def test_an_assigned_replica_keeps_its_id_however_long_its_pool_s_name_is() -> None:
+    pool = "p" * 63
+    entry = parse(launch_document(f"{pool[:50]}-x7k2p", assignment(pool=pool), "/m"))
+    assert isinstance(entry, Launch)
+    assert entry.id == f"{pool[:50]}-x7k2p"
+
+
 def test_only_what_the_engine_sees_makes_it_another_engine() -> None:
     one = parse(launch_document("chat-x", assignment(), "/m/a"))
 

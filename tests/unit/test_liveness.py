@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llorch_operator.core.liveness import Liveness, LivenessTracker, Timing
 
 TIMING = Timing(node_timeout=30, grace=60)

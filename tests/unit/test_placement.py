@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llorch_api import Desired, ModelShape, PlacementSpec, ReplicaState, Strategy
 from llorch_operator.core.fit import available, need_of
 from llorch_operator.core.liveness import Liveness

@@ -81,8 +81,8 @@ class Launch:
 
     @property
     def id(self) -> str:
-        """The replica's id on this node."""
-        return local_id(self.pool, self.replica)
+        """The replica's id on this node; an assigned one keeps the operator's, which is unique everywhere."""
+        return self.replica if self.origin is ReplicaOrigin.ASSIGNED else local_id(self.pool, self.replica)
 
 
 @dataclass(frozen=True, slots=True)
