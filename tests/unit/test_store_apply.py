@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llorch_api import GPUNode, GPUPool, Resource
+from llorch_api.patch import merge_diff
 from llorch_store.core.fields import fields_of
-from llorch_store.core.merge import merge_difference, merge_patch
+from llorch_store.core.merge import merge_patch
 from llorch_store.core.ownership import Operation, Owner, Owners, applied, assembled, patched, values_of
 
 SOURCE = {"source": "hf:org/repo"}
@@ -56,7 +57,7 @@ objects = st.dictionaries(names, documents, max_size=3)
 def test_the_difference_of_two_documents_is_the_patch_between_them(before: dict[str, Any], after: dict[str, Any]) -> None:
     kept = repr(before)
 
-    patch = merge_difference(before, after)
+    patch = merge_diff(before, after)
 
     assert merge_patch(before, patch) == after
     assert (patch == {}) is (before == after)
