@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import openai
+import uvloop
 
 from llorch_agent.core.engine_args import command_line
 from llorch_agent.core.handoff import Launch
@@ -28,7 +29,7 @@ from llorch_agent.replicas import Replica, Replicas
 from llorch_api import GPUPool, ReplicaOrigin, ReplicaState
 from llorch_gateway.app import Gateway
 from llorch_gateway.settings import GatewaySettings
-from llorch_store import Key
+from llorch_store import Key, Store
 from llorch_store.memory import MemoryStore
 from llorch_web.application import application
 from llorch_web.auth import Tokens
@@ -183,6 +184,20 @@ async def _serve_as_child(name: str, engine_url: str, slots: int) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
+async def publish(
+    store: Store, name: str, endpoints: dict[str, str], *, aliases: Sequence[str] = (), slots: int = SLOTS, **status: Any
+) -> None:
+    """A pool in the store, as an operator would leave it: replica -> agent's base URL."""
+    spec = {"model": {"source": "file:/m.gguf", "aliases": list(aliases)}, "replicas": max(1, len(endpoints))}
+    made = GPUPool.model_validate({"metadata": {"name": name, "namespace": "default"}, "spec": spec})
+    await store.apply(made, field_manager="test")
+    urls = {
+        replica: {"node": "n", "url": f"{base}/replicas/{replica}", "state": "Ready", "slotsTotal": slots}
+        for replica, base in endpoints.items()
+    }
+    await store.patch_status(GPUPool, Key("default", name), {"endpoints": urls, **status}, field_manager="test")
+
+
 @dataclass
 class Front:
     """A gateway that listens."""
@@ -197,14 +212,7 @@ class Front:
         self, name: str, endpoints: dict[str, str], *, aliases: Sequence[str] = (), slots: int = SLOTS, **status: Any
     ) -> None:
         """A pool with `endpoints`: replica -> agent's base URL. Returns once the gateway knows it."""
-        spec = {"model": {"source": "file:/m.gguf", "aliases": list(aliases)}, "replicas": max(1, len(endpoints))}
-        made = GPUPool.model_validate({"metadata": {"name": name, "namespace": "default"}, "spec": spec})
-        await self.store.apply(made, field_manager="test")
-        urls = {
-            replica: {"node": "n", "url": f"{base}/replicas/{replica}", "state": "Ready", "slotsTotal": slots}
-            for replica, base in endpoints.items()
-        }
-        await self.store.patch_status(GPUPool, Key("default", name), {"endpoints": urls, **status}, field_manager="test")
+        await publish(self.store, name, endpoints, aliases=aliases, slots=slots, **status)
         table = self.gateway._view
 
         def known() -> bool:
@@ -258,4 +266,4 @@ async def events(answer: aiohttp.ClientResponse) -> list[Any]:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve_as_child(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    uvloop.run(_serve_as_child(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -331,6 +331,16 @@ async def test_the_last_known_replicas_serve_on_when_the_store_forgets_them_all(
         assert await refused(await front.http.post("/v1/chat/completions", json=chat())) == (503, "model_not_ready")
 
 
+async def test_an_engine_out_of_a_handoff_file_is_served_under_its_agents_name_for_it(tiny: Engine) -> None:
+    async with agent(ready_replica("r0", tiny.url)) as running, gateway() as front:
+        await front.pool("chat", {"r0": running.url})
+        url = f"{running.url}/replicas/r0"
+        patch = {"endpoints": {"r0": None, "node.r0": {"node": "node", "url": url, "state": "Ready", "slotsTotal": SLOTS}}}
+        await front.store.patch_status(GPUPool, Key("default", "chat"), patch, field_manager="test")
+        await settled(front, 1)
+        await front.client.chat.completions.create(**chat())
+
+
 async def test_an_agent_that_does_not_know_the_gateways_token_is_the_operators_problem_not_the_clients(tiny: Engine) -> None:
     async with agent(ready_replica("a", tiny.url), token="right" * 8) as running:
         for token, status in (("right" * 8, 200), ("wrong" * 8, 503)):

@@ -18,6 +18,8 @@ BACKLOG = 1024
 CUT_OFF_SECONDS = 0.05
 """aiohttp waits twice this long for a handler before it cancels it; by then `stop` has waited its whole deadline."""
 POLL_SECONDS = 0.02
+GRACE_SECONDS = 0.1
+"""For requests of which the first bytes are there: aiohttp reads no more from a connection that was told to close."""
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:]*)):(?P<port>\d{1,5})")
 
 
@@ -80,6 +82,8 @@ class Server:
         server = runner.server
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline
+        if server is not None and server.connections:
+            await asyncio.sleep(min(GRACE_SECONDS, deadline))
         while server is not None and server.connections and loop.time() < end:
             server.pre_shutdown()  # idle connections close now, busy ones after their answer
             await asyncio.sleep(POLL_SECONDS)
