@@ -22,7 +22,7 @@ $(VENV)/pyvenv.cfg:
 
 $(HOME_READY): $(VENV)/pyvenv.cfg $(INPUTS)
 	@test -f $(DEV_READY) || { echo "installing llorch and its engine into $(VENV)"; \
-	  $(BIN)/pip install -q --disable-pip-version-check --prefer-binary -c constraints.txt -e '.[home]'; }
+	  $(BIN)/pip install -q --disable-pip-version-check --prefer-binary --no-compile -c constraints.txt -e '.[home]'; }
 	@touch $@
 
 $(DEV_READY): $(VENV)/pyvenv.cfg $(INPUTS)

@@ -160,6 +160,15 @@ class Fleet:
         """Engine processes on all workers."""
         return sum(self.engines(node) for node in self.workers)
 
+    def owned(self) -> list[str]:
+        """Everything in the cluster that llorch's chart or its components made, but the CRDs and their objects."""
+        kinds = (
+            "deployments,daemonsets,services,pods,secrets,configmaps,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,"
+            "priorityclasses,validatingadmissionpolicies,validatingadmissionpolicybindings,leases"
+        )
+        names = self.kubectl("get", kinds, "-A", "-o", "name").split()
+        return [name for name in names if name.split("/")[1].startswith("llorch") and not name.split("/")[1].startswith(NAME)]
+
     def pause(self, node: str) -> None:
         """Freezes a node as a power failure does to its peers: it neither answers nor closes a connection."""
         subprocess.run(["docker", "pause", node], check=True, capture_output=True, timeout=30)
@@ -289,7 +298,7 @@ def clean(fleet: Fleet) -> None:
     if "llorch" in fleet.helm("list", "-q").split():
         fleet.helm("uninstall", "llorch", "--wait")
     fleet.kubectl("delete", "crd", "gpunodes.llorch.dev", "gpupools.llorch.dev", "--ignore-not-found", "--timeout=50s")
-    eventually("the agents have ended", lambda: not fleet.kubectl("get", "pods", "-n", NAMESPACE, "-o", "name"), seconds=180)
+    eventually("the agents have ended", lambda: not fleet.owned(), seconds=180)
     for node in fleet.workers:
         subprocess.run(["docker", "exec", node, "rm", "-rf", "/var/lib/llorch"], check=True, timeout=30)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -348,3 +349,43 @@ async def test_an_agent_that_does_not_know_the_gateways_token_is_the_operators_p
                 await front.pool("chat", {"a": running.url})
                 async with front.http.post("/v1/chat/completions", json=chat()) as answer:
                     assert answer.status == status
+
+
+async def test_whatever_clients_do_every_slot_comes_back(mid: Engine, tiny: Engine) -> None:
+    rng = random.Random(5)
+    async with (
+        agent(ready_replica("a", mid.url)) as first,
+        agent(ready_replica("b", tiny.url)) as second,
+        gateway() as front,
+    ):
+        await front.pool("chat", {"a": first.url, "b": second.url})
+        await settled(front, 2)
+
+        async def restless() -> None:
+            body = chat(tokens=rng.choice((1, 20, 2000)), words=rng.choice((1, 60)), stream=rng.random() < 0.6)
+            await asyncio.sleep(rng.random())
+            try:
+                async with (
+                    asyncio.timeout(rng.choice((0.01, 0.1, 0.5))),
+                    front.http.post("/v1/chat/completions", json=body) as answer,
+                ):
+                    await answer.read()
+            except TimeoutError:
+                pass
+
+        await asyncio.gather(*(restless() for _ in range(120)))
+        for running, name in ((first, "a"), (second, "b")):
+            await until(lambda running=running: running.door.in_flight == 0)  # type: ignore[misc]
+            assert running.replica(name).slots.free == SLOTS
+        await until(lambda: front.metric("llorch_gateway_in_flight_requests", pool="chat") == 0)
+        for behind in (mid, tiny):
+            await behind.until_idle(1.0)
+        counted = sum(
+            sample.value
+            for family in front.gateway.registry.collect()
+            for sample in family.samples
+            if sample.name == "llorch_gateway_requests_total"
+        )
+        assert 0 < counted <= 120, "who left before the request was sent is not counted"
+        # What is left open: a slot stream per agent, and idle connections.
+        assert front.gateway._upstream.open_connections <= 2 + 2 * SLOTS * 4
