@@ -83,7 +83,8 @@ class FrontDoor:
             async with asyncio.timeout(deadline):
                 await self._leases.wait_until_idle()
         except TimeoutError:
-            log.warning("%d requests are ended: they outlasted the drain of %.0f s", self.in_flight, deadline)
+            if self.in_flight:
+                log.warning("%d requests are ended: they outlasted the drain of %.0f s", self.in_flight, deadline)
             for exchange in list(self._running):
                 exchange.abandon(Abandoned("the agent is stopping"))
             try:
