@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llorch_api import AssignedDevice, AssignedModel, Assignment, Desired, GPUNode
@@ -12,6 +12,7 @@ from llorch_store import Key, NotFound, Store, StoreError
 
 from .core.placement import Assign, Drain, Plan, Remove
 from .core.revision import engine_arguments
+from .core.strays import Stray
 from .core.views import PoolKey, PoolView
 from .events import Events
 from .fleet import Fleet
@@ -53,6 +54,24 @@ class AssignmentWriter:
                 self._events.emit(self._fleet.pools[key], warning=False, reason=reason, message=message)
             elif node in written:
                 log.info("%s: %s", reason, message, extra={"pool": str(key), "node_id": node})
+
+    async def stop(self, strays: Iterable[Stray], namespace: str) -> None:
+        """Names each in its node's spec to be stopped; once the agent says so, the key goes as any other does."""
+        patches: dict[str, dict[str, Any]] = defaultdict(dict)
+        for stray in strays:
+            patches[stray.node][stray.replica] = Assignment(
+                desired=Desired.STOP,
+                pool=stray.pool or "unknown",
+                namespace=namespace,
+                revision=stray.revision,
+                model=AssignedModel(source="unknown"),
+                devices={},
+                slots=1,
+                context_tokens=1,
+            ).to_json()
+        for node, patch in patches.items():
+            if await self._patch(node, patch):
+                log.info("%s is ended: it was assigned through an earlier GPUNode", ", ".join(patch), extra={"node_id": node})
 
     async def _patch(self, node: str, replicas: dict[str, Any]) -> bool:
         known = self._fleet.nodes.get(node)

@@ -23,6 +23,7 @@ from .core.nodes import conditions_of, phase_of, view_of
 from .core.placement import plan
 from .core.pools import Resolution, Seen, pool_names_without_pool
 from .core.revision import revision_of
+from .core.strays import Strays
 from .core.views import PoolKey, PoolView
 from .events import Events
 from .fleet import Fleet
@@ -68,6 +69,7 @@ class Reconciler:
         self._tokens = tokens
         self._clock = clock
         self._deadlines = Deadlines(load_deadline)
+        self._strays = Strays()
         self._assignments = AssignmentWriter(store, fleet, events, new_suffix or _random_suffix)
         self._pool_status = PoolStatusWriter(store, fleet, events, clock, wall_clock, namespace)
         self._handoff_pools = HandoffPools(store, fleet, namespace)
@@ -170,6 +172,8 @@ class Reconciler:
         resolutions, pools = self._resolve(resolver, seen, now)
         decided = plan(pools.values(), views.values(), known=frozenset(self._fleet.pools))
         await self._assignments.write(decided, pools)
+        told = (item.node for item in seen.values() if item.pulse.liveness is Liveness.FRESH)
+        await self._assignments.stop(self._strays.observe(told, now), self._namespace)
         await self._write_nodes()
         deferred = await self._pool_status.write(resolutions, decided)
         self._wake_at = self._next_wake(self._clock(), deferred)
@@ -256,8 +260,8 @@ class Reconciler:
             self._events.emit(node, warning=False, reason="NodeOnline", message=f"{transition.node} beats again")
 
     def _next_wake(self, now: float, deferred: float | None) -> float | None:
-        times = [time for time in (self._deadlines.next_change(now), deferred, self._refresh_due(now)) if time is not None]
-        return min(times, default=None)
+        times = (self._deadlines.next_change(now), self._strays.next_change(now), deferred, self._refresh_due(now))
+        return min((time for time in times if time is not None), default=None)
 
     def _refresh_due(self, now: float) -> float | None:
         """Unresolved and unplaced pools are looked at again every few seconds; the resolver has its own backoff."""
