@@ -250,20 +250,20 @@ async def test_without_an_engine_the_replica_says_how_to_get_one(tmp_path: Path,
 
 
 async def test_drain_waits_for_the_requests_and_stop_leaves_nothing(node: Node, model: Path) -> None:
-    node.write("chat_r0.json", launch(model) | {"origin": "assigned"})
-    replica = await node.until_state("chat_r0", ReplicaState.READY)
+    node.write("chat_chat-x7k2p.json", launch(model) | {"origin": "assigned", "replica_id": "chat-x7k2p"})
+    replica = await node.until_state("chat-x7k2p", ReplicaState.READY)
     pid, lease = replica.pid, node.replicas.lease(replica)
     assert lease is not None
 
-    assert await node.engines.drain("chat_r0", 0.1) is False
+    assert await node.engines.drain("chat-x7k2p", 0.1) is False
     assert replica.state is ReplicaState.DRAINING
-    draining = asyncio.create_task(node.engines.drain("chat_r0", SOON_S))
+    draining = asyncio.create_task(node.engines.drain("chat-x7k2p", SOON_S))
     node.replicas.release(replica, lease)
     assert await draining is True
     assert alive(pid)
 
-    await node.engines.stop("chat_r0")
-    assert node.replicas.get("chat_r0") is None
+    await node.engines.stop("chat-x7k2p")
+    assert node.replicas.get("chat-x7k2p") is None
     assert await gone(pid, 0)
     assert list(node.directory.iterdir()) == []
 
