@@ -35,6 +35,10 @@ class ApiModel(BaseModel):
         """The JSON form: camelCase names, enums by value, unset fields and nulls left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
 
+    def to_compact_json(self) -> dict[str, Any]:
+        """The JSON form without what equals its default: every reader fills that in, and each byte is stored per heartbeat."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+
 
 class OwnerReference(ApiModel):
     """Kubernetes deletes an object with its owner."""

@@ -39,7 +39,8 @@ class AssignmentWriter:
             match change:
                 case Assign(pool=key, node=node):
                     replica_id = f"{key.name[:50]}-{self._new_suffix()}"
-                    patches[node][replica_id] = self._assignment(change, pools[key]).to_json()
+                    compact = self._assignment(change, pools[key]).to_compact_json()
+                    patches[node][replica_id] = {"desired": Desired.RUN.value, **compact}
                     mib = ", ".join(f"{share:,} MiB on {uuid}" for uuid, share in sorted(change.devices.items()))
                     told.append((node, key, "ReplicaPlaced", f"{replica_id} on {node}: {mib}"))
                 case Drain(node=node, replica=replica_id, why=why):
