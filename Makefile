@@ -37,8 +37,8 @@ smoke: $(DEV_READY) ## the same without hands: free ports, one pool, one streame
 	@$(BIN)/python tests/smoke.py
 
 test: $(DEV_READY) ## lint, types, contracts, generated files, then unit, functional and e2e
-	@$(MAKE) --no-print-directory lint types contracts check-generate
-	@$(BIN)/pytest -q
+	@$(MAKE) --no-print-directory --keep-going lint types contracts check-generate
+	@$(BIN)/pytest
 
 lint: $(DEV_READY) ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
