@@ -49,7 +49,14 @@ async def slow(_: web.Request) -> web.Response:
     return web.json_response({"done": True})
 
 
+async def stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    return response
+
+
 ROUTES = [
+    web.get("/stream", stream),
     web.get("/hello", hello),
     web.get("/boom", boom),
     web.get("/refuse", refuse),
@@ -219,3 +226,19 @@ async def test_stopping_cuts_off_what_outlasts_the_deadline() -> None:
         await asyncio.wait_for(server.stop(0.05), 1.0)
         with pytest.raises(aiohttp.ClientError):
             await running
+
+
+async def test_a_client_that_left_before_it_was_heard_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as (server, session):
+        # given a server that was frozen while its clients came and left: the kernel took what they sent
+        host, port = parse_address(server.url.removeprefix("http://"), variable="URL")
+        for _ in range(20):
+            with socket.create_connection((host, port)) as client:
+                client.sendall(b"GET /stream HTTP/1.1\r\nHost: llorch\r\n\r\n")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        # when it goes on
+        async with session.get("/hello") as answer:
+            assert answer.status == 200
+        await asyncio.sleep(0.1)
+    # then it has nothing to complain of
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

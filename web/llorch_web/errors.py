@@ -76,7 +76,9 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         message = f"{request.method} {request.path}: {error.reason}"
         return ApiError(error.status, message, code=_CODES.get(error.status), headers=headers).response()
     except ConnectionError:
-        raise  # the client left while it was written to: nobody is there to be answered
+        if request.transport is not None and not request.transport.is_closing():
+            raise
+        return web.Response(status=499)  # the client left: nobody reads this, and aiohttp would log what is raised
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return ApiError(
