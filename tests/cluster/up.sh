@@ -51,7 +51,7 @@ dockerd=found
 have docker && docker info > /dev/null 2>&1 || { start_dockerd; dockerd=started; }
 
 # The clusters on a daemon of ours talk among themselves and to this machine, and to nothing else.
-if [ -f "$cache/dockerd.pid" ] && kill -0 "$(cat "$cache/dockerd.pid")" 2> /dev/null; then
+if [ "$(cat "/proc/$(cat "$cache/dockerd.pid" 2> /dev/null || echo none)/comm" 2> /dev/null)" = dockerd ]; then
   docker network inspect kind > /dev/null 2>&1 ||
     docker network create -d bridge -o com.docker.network.bridge.name=kind0 -o com.docker.network.bridge.enable_ip_masquerade=true kind > /dev/null
   iptables -C DOCKER-USER -i kind0 ! -o kind0 -m conntrack --ctstate NEW -j REJECT 2> /dev/null ||

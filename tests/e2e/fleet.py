@@ -115,7 +115,12 @@ class Fleet:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={"PATH": self.machine.path, "HOME": os.environ.get("HOME", "/"), "KUBECONFIG": str(kubeconfig)},
+            env={
+                "PATH": self.machine.path,
+                "HOME": os.environ.get("HOME", "/"),
+                "KUBECONFIG": str(kubeconfig),
+                "KUBECACHEDIR": str(kubeconfig.with_name("kubectl-cache")),
+            },
         )
         if check and done.returncode:
             raise AssertionError(f"{program} {' '.join(arguments)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
@@ -139,6 +144,10 @@ class Fleet:
         ends = [title.start() for title in titles[1:]] + [None]
         return [{t.group(): row[t.start() : end].strip() for t, end in zip(titles, ends, strict=True)} for row in lines[1:]]
 
+    def logs(self, component: str) -> str:
+        """What the pods of a component have said."""
+        return self.kubectl("logs", "-n", NAMESPACE, "-l", f"app.kubernetes.io/component={component}", "--tail=-1")
+
     def phase(self, node: str) -> str:
         """Phase of a GPUNode."""
         return str(self.status("gpunode", node).get("phase", ""))
@@ -155,6 +164,13 @@ class Fleet:
         """Engine processes on a node, whoever started them."""
         found = subprocess.run(["docker", "exec", node, "pgrep", "-fc", ENGINE], capture_output=True, text=True, timeout=20)
         return int(found.stdout.strip() or 0)
+
+    def handoff_files(self, node: str) -> list[str]:
+        """Handoff files in a node's own directory, which outlives the agent's pod."""
+        listed = subprocess.run(
+            ["docker", "exec", node, "ls", "/var/lib/llorch/state/engines"], capture_output=True, text=True, timeout=20
+        )
+        return [name for name in listed.stdout.split() if name.endswith(".json")]
 
     def all_engines(self) -> int:
         """Engine processes on all workers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -41,6 +42,11 @@ def stream(client: openai.OpenAI, model: str = "tiny") -> list[str]:
         model=model, messages=[{"role": "user", "content": "Tell me a story"}], max_tokens=16, stream=True
     )
     return [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+
+
+def install(fleet: Fleet) -> str:
+    chart = str(ROOT / "charts" / "llorch")
+    return fleet.helm("install", "llorch", chart, "-f", str(fleet.values), "--wait", "--timeout", "3m", timeout=200)
 
 
 def test_a_kube_context_that_is_not_the_tests_own_is_refused(tmp_path: Path) -> None:
@@ -212,6 +218,17 @@ def test_a_deleted_pool_leaves_no_engine(fleet: Fleet, client: openai.OpenAI) ->
         stream(client)
 
 
+def test_nobody_was_refused_anything_or_failed_inside(fleet: Fleet) -> None:
+    for component in ("operator", "gateway", "agent"):
+        said = fleet.logs(component)
+        assert said
+        assert "forbidden" not in said.lower()
+        assert "Traceback" not in said
+    pods = fleet.kubectl("get", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/instance=llorch", "-o", "json")
+    restarts = [s["restartCount"] for pod in json.loads(pods)["items"] for s in pod["status"]["containerStatuses"]]
+    assert restarts == [0] * 5
+
+
 def test_helm_uninstall_leaves_the_crds_and_their_objects_and_these_can_be_deleted(fleet: Fleet) -> None:
     fleet.kubectl("apply", "-n", NAMESPACE, "-f", str(POOL))
     eventually("an engine runs", lambda: fleet.all_engines() > 0, seconds=60)
@@ -223,3 +240,15 @@ def test_helm_uninstall_leaves_the_crds_and_their_objects_and_these_can_be_delet
     fleet.kubectl("delete", "-n", NAMESPACE, "gpupools", "--all", "--timeout=20s")
     fleet.kubectl("delete", "gpunodes", "--all", "--timeout=20s")
     fleet.kubectl("delete", "crd", "gpunodes.llorch.dev", "gpupools.llorch.dev", "--timeout=30s")
+
+
+def test_a_new_install_ends_what_an_earlier_one_left_on_the_nodes(fleet: Fleet) -> None:
+    # given handoff files of a pool that nobody knows any more
+    assert any(fleet.handoff_files(node) for node in fleet.workers)
+    # when agents come that start engines from them again
+    install(fleet)
+    eventually("both nodes are Online", lambda: [fleet.phase(node) for node in fleet.workers] == ["Online", "Online"], seconds=30)
+    # then they are ended, and the nodes are free
+    eventually("no engine is left", lambda: fleet.all_engines() == 0, seconds=45)
+    eventually("nothing is assigned", lambda: not any(fleet.assigned(node) for node in fleet.workers), seconds=15)
+    assert {row["SLOTS FREE/TOTAL"] for row in fleet.table("gpunodes")} == {"0/0"}
