@@ -10,9 +10,12 @@ from pydantic import Field
 from .meta import ATOMIC, CONDITION_LIST, ApiModel, Bounded64, Bounded256, Condition, Mebibytes, Name, Resource, Timestamp
 from .shape import ModelShape
 
-MAX_DEVICES = 16
+MAX_DEVICES = 64
+"""Eight GPUs of seven MIG instances each, and room."""
+MAX_ASSIGNED_DEVICES = 16
 MAX_REPLICAS = 64
 MAX_MODELS = 32
+MAX_MEASURED = 32
 
 Slots = Annotated[int, Field(ge=0, le=4096)]
 
@@ -59,7 +62,8 @@ class Assignment(ApiModel):
     revision: Annotated[Bounded64, Field(description="Hash of what the replica runs; another hash is another replica.")]
     model: Annotated[AssignedModel, Field(description="The model to load.")]
     devices: Annotated[
-        dict[str, AssignedDevice], Field(max_length=MAX_DEVICES, description="Devices by UUID and what is reserved on each.")
+        dict[str, AssignedDevice],
+        Field(max_length=MAX_ASSIGNED_DEVICES, description="Devices by UUID and what is reserved on each."),
     ]
     slots: Annotated[int, Field(ge=1, le=256, description="Concurrent sequences of the engine.")]
     context_tokens: Annotated[int, Field(ge=1, le=1 << 22, description="Context of each slot, tokens.")]
@@ -132,7 +136,7 @@ class DeviceHealth(StrEnum):
 
 
 class Device(ApiModel):
-    """One GPU, or the machine's CPU and memory where it has none."""
+    """One GPU, one MIG instance of a GPU that is divided, or the machine's CPU and memory where it has none."""
 
     kind: Annotated[Literal["gpu", "cpu"], Field(description="gpu, or cpu for the machine's own memory.")] = "gpu"
     index: Annotated[int, Field(ge=0, le=255, description="Index in the driver's order.")] = 0
@@ -143,6 +147,10 @@ class Device(ApiModel):
     compute_capability: Annotated[str, Field(max_length=16, description="CUDA compute capability, for example 8.9.")] = ""
     pci_bus_id: Annotated[str, Field(max_length=32, description="PCI bus id.")] = ""
     health: Annotated[DeviceHealth, Field(description="Healthy, Unhealthy, or Unmonitored.")] = DeviceHealth.UNMONITORED
+    message: Annotated[str, Field(max_length=128, description="Why it is Unhealthy.")] = ""
+    held_by: Annotated[
+        Bounded256, Field(description="The other pod that holds it, as NAMESPACE/NAME: nothing is placed on it.")
+    ] = ""
 
 
 class NodeSystem(ApiModel):
@@ -238,6 +246,14 @@ class GPUNodeStatus(ApiModel):
         dict[str, CachedModel],
         Field(max_length=MAX_MODELS, description="Model files by digest, newest 32.", json_schema_extra=ATOMIC),
     ] = {}
+    measured: Annotated[
+        dict[str, Mebibytes],
+        Field(
+            max_length=MAX_MEASURED,
+            description="MiB that engines were seen to take on GPUs, by a hash of model, settings and number of devices.",
+            json_schema_extra=ATOMIC,
+        ),
+    ] = {}
     summary: Annotated[NodeSummary, Field(description="Display strings of the columns.", json_schema_extra=ATOMIC)] = (
         NodeSummary()
     )
@@ -245,12 +261,23 @@ class GPUNodeStatus(ApiModel):
         NodePhase | None, Field(description="Registering, Online, Suspect, Draining, Offline or Lost; derived by the operator.")
     ] = None
     conditions: Annotated[
-        list[Condition], Field(max_length=8, description="Ready, DevicesHealthy, Schedulable.", json_schema_extra=CONDITION_LIST)
+        list[Condition],
+        Field(max_length=8, description="Ready, DevicesHealthy, MemoryExplained, Schedulable.", json_schema_extra=CONDITION_LIST),
     ] = []
     observed_generation: Annotated[int, Field(ge=0, description="Generation of spec that the operator has acted on.")] = 0
 
 
-AGENT_STATUS_FIELDS: tuple[str, ...] = ("agent", "heartbeat", "node", "devices", "system", "replicas", "models", "summary")
+AGENT_STATUS_FIELDS: tuple[str, ...] = (
+    "agent",
+    "heartbeat",
+    "node",
+    "devices",
+    "system",
+    "replicas",
+    "models",
+    "measured",
+    "summary",
+)
 """JSON names of the status fields that the agent owns."""
 
 

@@ -85,6 +85,16 @@ class EngineSpec(ApiModel):
         ),
     ] = []
 
+    vram_mib: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1 << 30,
+            description="Memory that one replica takes over all its devices, MiB, where you know better than the model's header. "
+            "Needed where the header does not decide it and nothing has measured it; never below what was measured.",
+        ),
+    ] = None
+
     @field_validator("args")
     @classmethod
     def _allowed(cls, value: list[str]) -> list[str]:
@@ -190,6 +200,12 @@ class ResolvedModel(ApiModel):
     digest: Annotated[str, Field(max_length=80, description="Identity of the content: sha256:…, etag:…, url:… or sample:….")] = ""
     size_mib: Annotated[Mebibytes, Field(description="Size of the file, MiB.")] = 0
     shape: Annotated[ModelShape, Field(description="Facts from its header.")] = ModelShape()
+    vram_mib: Annotated[
+        Mebibytes,
+        Field(
+            description="What llama-fit-params says one replica takes, MiB, where the header does not decide it; 0: not known."
+        ),
+    ] = 0
 
 
 class Endpoint(ApiModel):
