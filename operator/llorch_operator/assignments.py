@@ -97,7 +97,7 @@ class AssignmentWriter:
             self._fleet.observe_node(await self._store.get(GPUNode, Key("", node)))
         except StoreError as error:
             log.warning("could not read node %s again: %s", node, error)
-        self._fleet.changed.set()
+        self._fleet.look_again()
 
     def _assignment(self, change: Assign, view: PoolView) -> Assignment:
         pool = self._fleet.pools[change.pool]

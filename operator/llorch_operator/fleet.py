@@ -13,6 +13,9 @@ from .core.nodes import Pulse, recorded, token_of
 from .core.pools import Seen
 from .core.views import PoolKey
 
+RETRY_SECONDS = 1.0
+"""Until what could not be written is planned again."""
+
 
 def _newer(known: GPUNode | GPUPool | None, seen: GPUNode | GPUPool) -> bool:
     """False for an event that is older than what a write of ours returned already."""
@@ -52,6 +55,8 @@ class Fleet:
         self.changed = asyncio.Event()
         self.transitions: list[Transition] = []
         """Changes of liveness since the last plan."""
+        self.again_at: float | None = None
+        """When to plan once more because a write failed, by the same clock."""
         self._clock = clock
         self._hosts: dict[str, str] = {}
         self._claimed_hosts = claimed_hosts
@@ -103,6 +108,10 @@ class Fleet:
         if self._hosts != hosts:
             self._hosts = dict(hosts)
             self.changed.set()
+
+    def look_again(self) -> None:
+        """A write failed: what it was for comes up again in a moment, and not in a hot loop against a store that is away."""
+        self.again_at = self._clock() + RETRY_SECONDS
 
     def pulse(self, name: str) -> Pulse:
         """The node's liveness now."""

@@ -92,7 +92,7 @@ class PoolStatusWriter:
             return
         except StoreError as error:
             log.warning("could not write the status of pool %s: %s", key, error)
-            self._fleet.changed.set()
+            self._fleet.look_again()
             return
         self._written[key] = self._clock()
         self._fleet.observe_pool(written)

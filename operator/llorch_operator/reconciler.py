@@ -75,6 +75,7 @@ class Reconciler:
         self._handoff_pools = HandoffPools(store, fleet, namespace)
         self._next_relist = 0.0
         self._wake_at: float | None = None
+        self._blind = False
         self.last_tick = clock()
         """When the loop last came round, for the liveness probe."""
         self.writes = 0
@@ -150,8 +151,11 @@ class Reconciler:
             self._next_relist = 0.0
             return []
         except StoreError as error:
-            log.warning("cannot confirm that %d nodes are silent, so nothing is concluded: %s", len(suspects), error)
+            if not self._blind:
+                log.warning("cannot confirm that %d nodes are silent, so nothing is concluded: %s", len(suspects), error)
+            self._blind = True
             return []
+        self._blind = False
         for name in suspects:
             if name in found:
                 self._fleet.observe_node(found[name])
@@ -162,6 +166,7 @@ class Reconciler:
 
     async def _reconcile(self, resolver: Resolver) -> None:
         now = self._clock()
+        self._fleet.again_at = None
         self._tell_transitions()
         late = self._deadlines.late(now)
         seen = self._fleet.seen()
@@ -238,7 +243,7 @@ class Reconciler:
                 self._next_relist = 0.0
             except StoreError as error:
                 log.warning("could not write the status of node %s: %s", name, error)
-                self._fleet.changed.set()
+                self._fleet.look_again()
             else:
                 self.writes += 1
                 self._fleet.observe_node(written)
@@ -260,7 +265,8 @@ class Reconciler:
             self._events.emit(node, warning=False, reason="NodeOnline", message=f"{transition.node} beats again")
 
     def _next_wake(self, now: float, deferred: float | None) -> float | None:
-        times = (self._deadlines.next_change(now), self._strays.next_change(now), deferred, self._refresh_due(now))
+        known = (self._deadlines.next_change(now), self._strays.next_change(now), self._fleet.again_at)
+        times = (*known, deferred, self._refresh_due(now))
         return min((time for time in times if time is not None), default=None)
 
     def _refresh_due(self, now: float) -> float | None:

@@ -17,7 +17,7 @@ from llorch_model.tiny import write_tiny
 from llorch_operator.app import Operator
 from llorch_operator.core.liveness import Timing
 from llorch_operator.settings import OperatorSettings
-from llorch_store import Key, NotFound, Store
+from llorch_store import Key, NotFound, Store, Unavailable
 from llorch_store.memory import MemoryStore
 
 pytestmark = pytest.mark.functional
@@ -213,3 +213,28 @@ async def test_a_drained_node_is_emptied_and_gets_nothing_new(model: Path) -> No
         await store.patch(GPUNode, Key("", only.node), {"spec": {"drain": {}}}, field_manager="test")
         await until(store, lambda pool: {e.node for e in pool.status.endpoints.values()} == {"a", "b"} - {only.node})
         assert (await store.get(GPUNode, Key("", only.node))).status.phase == "Draining"
+
+
+class Away(MemoryStore):
+    """A store that can be away: every write fails at once, as with a refused connection."""
+
+    away = False
+    failed = 0
+
+    async def patch_status(self, *args: Any, **options: Any) -> Any:
+        if self.away and options.get("field_manager") == "llorch-operator":
+            self.failed += 1
+            raise Unavailable("connection refused")
+        return await super().patch_status(*args, **options)
+
+
+async def test_a_store_that_is_away_is_asked_again_in_a_moment_and_not_in_a_hot_loop(model: Path) -> None:
+    async with Away() as store, SimulatedAgent(store, "a"), an_operator(store):
+        await store.apply(a_pool(f"file:{model}"), field_manager="test")
+        await until(store, lambda pool: pool.status.ready == 1)
+        store.away = True
+        await store.patch(GPUPool, CHAT, {"spec": {"replicas": 2}}, field_manager="test")
+        await asyncio.sleep(3)
+        assert 1 <= store.failed <= 12
+        store.away = False
+        await until(store, lambda pool: pool.status.ready == 2)
