@@ -162,6 +162,31 @@ def delete(resource: str | None, names: tuple[str, ...], files: tuple[str, ...],
 
 
 @main.command()
+@click.argument("what", metavar="REPLICA|pool/NAME")
+@click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0, 10_000), help="How many of the last lines.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on, until Ctrl-C.")
+@click.option("--agent", default=None, metavar="URL", help="Agent to ask, instead of the address that the node says.")
+def logs(what: str, lines: int, follow: bool, agent: str | None) -> None:
+    """Show what the engine of a replica wrote, or the engines of a pool."""
+    from . import logs as engine_logs
+
+    def write(text: bytes) -> None:
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
+
+    async def work(store: Any) -> None:
+        sources = await engine_logs.find(store, what, agent)
+        await engine_logs.read(sources, lines=lines, follow=follow, token=_client().token, write=write)
+
+    try:
+        _with_store(work)
+    except engine_logs.LogsError as error:
+        raise Failure(str(error)) from error
+    except KeyboardInterrupt:
+        return
+
+
+@main.command()
 @click.argument("prompt", nargs=-1)
 @click.option("-m", "--model", default=None, help="Pool to talk to; the first one that is served by default.")
 @click.option("--max-tokens", default=256, show_default=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -39,3 +39,17 @@ class ClientSettings(BaseSettings):
     """Base URL of the gateway for `llorch chat`."""
     namespace: str = Field("default", validation_alias="LLORCH_NAMESPACE")
     """Namespace of pools that name none."""
+    api_token: SecretStr | None = Field(None, validation_alias="LLORCH_API_TOKEN")
+    """Bearer token that agents ask for."""
+    api_token_file: Path | None = Field(None, validation_alias="LLORCH_API_TOKEN_FILE")
+    """File with the bearer token, where LLORCH_API_TOKEN is not set."""
+
+    @property
+    def token(self) -> str | None:
+        """The bearer token; None where none is set or its file cannot be read."""
+        if self.api_token is not None:
+            return self.api_token.get_secret_value() or None
+        try:
+            return self.api_token_file.read_text().strip() if self.api_token_file else None
+        except OSError:
+            return None

@@ -29,6 +29,7 @@ from .devices import CpuSource, Devices, DeviceSource, FirstOf
 from .engines import Engines, EngineSettings
 from .frontdoor import LAST_WORDS_SECONDS, FrontDoor
 from .inspect_route import InspectRoute
+from .log_route import LogRoute
 from .metrics import AgentMetrics
 from .model_roots import ModelRoots
 from .node_facts import KnownNode, NodeFactsSource, StaticFacts
@@ -78,6 +79,7 @@ class Agent:
         self.registry = CollectorRegistry()
         self._front_door = FrontDoor(self.replicas, node_id=settings.node_id, registry=self.registry)
         self._inspect = InspectRoute(roots)
+        self._logs = LogRoute(self._engines.logs, self.replicas)
         self._facts_source = facts or _facts_source(settings, in_cluster)
         self._publisher = Publisher(
             store,
@@ -113,8 +115,8 @@ class Agent:
     # ---- for the application that it is part of
 
     def routes(self) -> list[web.AbstractRouteDef]:
-        """Front door and inspection; /health and /metrics are the application's own."""
-        return [*self._front_door.routes(), *self._inspect.routes()]
+        """Front door, logs and inspection; /health and /metrics are the application's own."""
+        return [*self._front_door.routes(), *self._logs.routes(), *self._inspect.routes()]
 
     def advertise(self, url: str) -> None:
         """Says where the agent is reached, once that is known. A configured POOL_MANAGERD_ADDRESS stays."""
@@ -171,6 +173,7 @@ class Agent:
 
     async def _end(self) -> None:
         assert self._owner_task is not None
+        self._logs.end()
         if self._owner_task.done():
             await self._front_door.shutdown(0.0)
         else:

@@ -5,61 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 from . import exec_child
+from .engine_log import EngineLog
 from .leftovers import Run, RunFiles, end, living
 
 log = logging.getLogger(__name__)
 
 TERM_S: Final = 2.0
 """Seconds from SIGTERM to SIGKILL: a busy llama-server does not end on the first SIGTERM."""
-
-MAX_LOG_BYTES: Final = 8 * 1024 * 1024
-"""A log grows to this size, and once more as `.log.1`."""
-
-_TAIL_BYTES: Final = 16 * 1024
-
-
-class EngineLog:
-    """The log file of one replica, written by the engine itself."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.replace(path, self._older)
-
-    @property
-    def _older(self) -> Path:
-        return self.path.with_name(self.path.name + ".1")
-
-    def tail(self, lines: int = 60) -> list[str]:
-        """The last lines, oldest first."""
-        try:
-            with open(self.path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - _TAIL_BYTES))
-                return file.read().decode(errors="replace").splitlines()[-lines:]
-        except FileNotFoundError:
-            return []
-
-    def rotate(self) -> None:
-        """Keeps the file bounded. The engine holds it open for appending, so it is copied and emptied."""
-        try:
-            if self.path.stat().st_size > MAX_LOG_BYTES:
-                shutil.copyfile(self.path, self._older)
-                os.truncate(self.path, 0)
-        except OSError as error:
-            log.warning("%s: cannot be rotated: %s", self.path, error.strerror)
 
 
 class EngineProcess:

@@ -6,15 +6,15 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from .core.adoption import Health
 from .core.endings import MAX_MESSAGE, Ending, EndKind, classify
 from .core.engine_args import command_line, environment
 from .core.handoff import Launch
-from .engine import EngineLog, EngineProcess, free_port, spawn
+from .engine import EngineProcess, free_port, spawn
 from .engine_binary import EngineCommand
+from .engine_log import EngineLogs
 from .engine_probe import EngineProbe
 from .leftovers import RunFiles
 
@@ -46,7 +46,7 @@ class Starter:
     """What starting an engine takes."""
 
     runs: RunFiles
-    logs: Path
+    logs: EngineLogs
     probe: EngineProbe
     cache_ram_mib: int = 0
     """Host memory in which an engine keeps prompts of earlier requests, MiB."""
@@ -79,7 +79,7 @@ class Starter:
         raise EngineFailedError(ending)
 
     def _spawn(self, command: EngineCommand, launch: Launch, port: int) -> EngineProcess:
-        engine_log = EngineLog(self.logs / f"{launch.id}.log")
+        engine_log = self.logs.begin(launch.id)
         run = self.runs.prepare(launch.id, engine_log.path)
         arguments = [*command.argv, *command_line(launch, port, command.flags, self.cache_ram_mib)]
         return spawn(arguments, environment(os.environ, launch, run.token), launch.id, run, self.runs, engine_log)

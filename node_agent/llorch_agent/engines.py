@@ -15,6 +15,7 @@ from llorch_api import ReplicaOrigin
 from .core.handoff import LOOPBACK_ONLY, Adopt, Ignore, Launch, Partial, Removed, UrlPolicy, diff, parse
 from .core.supervision import LIMITS, Limits
 from .engine_binary import EngineCommand, EngineNotFoundError, find_engine
+from .engine_log import EngineLogs
 from .engine_probe import EngineProbe
 from .engine_start import Starter
 from .handoff import HandoffDirectory, Seen, digests
@@ -74,10 +75,12 @@ class Engines:
         self._directory = HandoffDirectory(directory, settings.interval_s)
         state = settings.state or (directory.parent if directory.name == "engines" else directory)
         self._runs = RunFiles(state / "run")
+        self.logs = EngineLogs(state / "logs")
+        """What the engines wrote."""
         self._probe = EngineProbe()
         self._workshop = Workshop(
             replicas=replicas,
-            starter=Starter(self._runs, state / "logs", self._probe, settings.cache_ram_mib),
+            starter=Starter(self._runs, self.logs, self._probe, settings.cache_ram_mib),
             probe=self._probe,
             engine=self._engine,
             limits=settings.limits,
@@ -221,6 +224,7 @@ class Engines:
             await keeper.run()
         finally:
             del self._keepers[keeper.id], self._tasks[keeper.id]
+            self.logs.ended(keeper.id)
             self._directory.wake()  # its file may be back
 
     async def _own(self) -> None:

@@ -200,7 +200,7 @@ class Keeper:
                     if await self._let_go(replica, launch, ended):
                         return None
                 elif not woken:
-                    started.process.log.rotate()
+                    await asyncio.to_thread(started.process.log.rotate)
                     answer = await self._workshop.probe.ask(started.base_url)
                     failures = 0 if answer.health is Health.UP else failures + 1
                     if failures >= HEALTH_FAILURES:

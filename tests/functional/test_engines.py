@@ -326,15 +326,3 @@ async def test_an_engine_that_hangs_is_replaced(node: Node, model: Path, monkeyp
     await node.until(lambda: "failed 3 health checks: nothing within 0.2 s" in replica.message)
     await node.until_state("chat_r0", ReplicaState.READY)
     assert await gone(pid, 0)
-
-
-def test_a_log_stays_bounded_and_the_engine_goes_on_writing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_LOG_BYTES", 1000)
-    log = engine.EngineLog(tmp_path / "logs" / "r.log")
-    with open(log.path, "ab", buffering=0) as engines_own:
-        engines_own.write(b"old\n" * 400)
-        log.rotate()
-        engines_own.write(b"new\n")
-
-    assert log.tail() == ["new"]
-    assert (tmp_path / "logs" / "r.log.1").stat().st_size == 1600

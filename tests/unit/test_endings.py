@@ -78,6 +78,73 @@ def test_the_cause_is_named_and_not_what_followed_from_it(
     assert "\n" not in ending.message
 
 
+@pytest.mark.parametrize(
+    ("status", "log", "kind", "names"),
+    [
+        pytest.param(
+            1,
+            [
+                "0.01.204.112 E alloc_buffer: allocating 15317.02 MiB on device 0: cudaMalloc failed: out of memory",
+                "0.01.204.131 E alloc_tensor_range: failed to allocate CUDA0 buffer of size 16061022208",
+                "0.01.204.890 E llama_model_load: error loading model: unable to allocate CUDA0 buffer",
+                "0.01.204.899 E llama_model_load_from_file_impl: failed to load model",
+                "0.01.210.004 E srv    load_model: failed to load model, '/m/a.gguf'",
+            ],
+            EndKind.OUT_OF_MEMORY,
+            "15317.02 MiB on device 0",
+            id="the weights do not fit",
+        ),
+        pytest.param(
+            1,
+            [
+                "0.09.001.417 E llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache",
+                "0.09.001.502 E common_init_result: failed to create context with model '/m/a.gguf'",
+            ],
+            EndKind.OUT_OF_MEMORY,
+            "buffer for kv cache",
+            id="the context does not fit",
+        ),
+        pytest.param(
+            -6,
+            [
+                "0.41.887.210 E CUDA error: out of memory",
+                "0.41.887.215 E   current device: 0, in function alloc at ggml-cuda.cu:503",
+                "0.41.887.220 E   cuMemCreate(&handle, reserve_size, &prop, 0)",
+                "ggml-cuda.cu:90: CUDA error",
+                "[New LWP 1211]",
+                "#0  0x00007f33ac71e3ea in __GI___wait4 () from /lib/x86_64-linux-gnu/libc.so.6",
+            ],
+            EndKind.OUT_OF_MEMORY,
+            "CUDA error: out of memory",
+            id="the pool grows while it computes",
+        ),
+        pytest.param(
+            -6,
+            [
+                "1.02.113.004 E CUDA error: an illegal memory access was encountered",
+                "1.02.113.009 E   current device: 1, in function ggml_backend_cuda_synchronize at ggml-cuda.cu:2981",
+                "ggml-cuda.cu:90: CUDA error",
+            ],
+            EndKind.CUDA,
+            "CUDA error: an illegal memory access was encountered",
+            id="a kernel fails",
+        ),
+        pytest.param(
+            1,
+            ["0.00.120.350 E ggml_cuda_init: CUDA driver version is insufficient for CUDA runtime version"],
+            EndKind.CUDA,
+            "CUDA driver version is insufficient",
+            id="the driver is too old",
+        ),
+    ],
+)
+def test_out_of_memory_and_cuda_errors_are_named(status: int, log: list[str], kind: EndKind, names: str) -> None:
+    ending = classify(status, log, "/m/a.gguf")
+
+    assert ending.kind is kind
+    assert names in ending.message
+
+
 def test_a_warning_about_memory_is_not_why_an_engine_crashed() -> None:
     log = ["0.00.01.1 W srv         alloc: failed to allocate memory for prompt cache state"]
 
