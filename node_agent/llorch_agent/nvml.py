@@ -6,40 +6,29 @@ run on one thread with a time-out, each is allowed to fail alone, and a GPU that
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pynvml
 
 from llorch_api import DeviceHealth
 
-from .core.readings import DeviceLoad, DeviceReading, ProcessMemory
+from . import nvml_calls as calls
+from .core.readings import DeviceReading
 from .core.xid import is_failure
 from .one_thread import OneThread
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 CALL_TIMEOUT_S: Final = 5.0
 """For one reading of all devices; a sane driver needs milliseconds, a GPU on its way to being lost may take seconds."""
 EVENT_WAIT_MS: Final = 250
-_MIB = 1 << 20
 _LOST = "the GPU is lost: it fell off the bus or needs a reset"
 _SILENT = "the driver does not answer"
 _GONE = "the driver does not list it any more"
-
-_MISSING = (
-    pynvml.NVMLError_NotSupported,
-    pynvml.NVMLError_FunctionNotFound,
-    pynvml.NVMLError_NoPermission,
-    pynvml.NVMLError_NotFound,
-)
-"""A call that this device, driver or user does not have: the value stays empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +40,7 @@ class _Identity:
     name: str
     compute_capability: str
     pci_bus_id: str
+    minor: int
 
 
 class NvmlSource:
@@ -63,6 +53,8 @@ class NvmlSource:
         self._known: dict[str, DeviceReading] = {}
         self._by_index: dict[int, _Identity] = {}
         self._failed: dict[str, str] = {}
+        self._readable: dict[str, bool] = {}
+        """GPUs that answered this time; True where they are divided."""
         self._events: _XidWatch | None = None
         self._said = ""
         self._wake: Callable[[], None] = _nothing
@@ -107,10 +99,13 @@ class NvmlSource:
                 self._say(f"NVML: {error}")
             self._shut_down()
             return self._all_unhealthy(str(error))
-        readings = [reading for index in range(count) if (reading := self._read_device(index)) is not None]
+        self._readable.clear()
+        readings = [reading for index in range(count) for reading in self._read_gpu(index)]
         self._say("")
         found = {reading.uuid for reading in readings}
-        readings += [_unhealthy(known, _GONE) for uuid, known in self._known.items() if uuid not in found]
+        readings += [
+            _unhealthy(known, _GONE) for known in self._known.values() if known.uuid not in found and self._missed(known)
+        ]
         readings = [self._judge(reading) for reading in readings]
         self._known = {reading.uuid: reading for reading in readings}
         return readings
@@ -123,8 +118,8 @@ class NvmlSource:
         self._by_index.clear()
         self._failed.clear()  # a driver that was loaded anew has reset its devices
         self._events = _XidWatch(self._failed, lambda: self._wake())
-        driver = _try(pynvml.nvmlSystemGetDriverVersion, "unknown")
-        log.info("NVML: driver %s, %d devices", driver, _try(pynvml.nvmlDeviceGetCount, 0))
+        driver = calls.attempt(pynvml.nvmlSystemGetDriverVersion, "unknown")
+        log.info("NVML: driver %s, %d devices", driver, calls.attempt(pynvml.nvmlDeviceGetCount, 0))
 
     def _shut_down(self) -> None:
         if self._events is not None:
@@ -137,63 +132,75 @@ class NvmlSource:
             except pynvml.NVMLError as error:
                 log.debug("NVML: shutdown: %s", error)
 
-    def _read_device(self, index: int) -> DeviceReading | None:
+    def _read_gpu(self, index: int) -> list[DeviceReading]:
+        """The GPU, or its MIG instances in its place where it is divided: then nothing runs on the whole of it."""
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             identity = self._identify(index, handle)
-            memory = _memory(handle)
+            instances = calls.instances(handle)
+            watched = self._events is not None and self._events.watch(identity.uuid, handle)
+            fault = calls.memory_fault(handle)
+            if instances is None:
+                readings = [self._read_device(identity, handle)]
+            else:
+                readings = [self._read_instance(identity, each) for each in instances]
         except pynvml.NVMLError as error:
             return self._unreadable(index, error)
-        watched = self._events is not None and self._events.watch(identity.uuid, handle)
-        return DeviceReading(
-            uuid=identity.uuid,
-            kind="gpu",
-            index=index,
-            name=identity.name,
-            total=memory[0],
-            free=memory[1],
-            used=memory[2],
-            compute_capability=identity.compute_capability,
-            pci_bus_id=identity.pci_bus_id,
-            health=DeviceHealth.HEALTHY if watched else DeviceHealth.UNMONITORED,
-            processes=_processes(handle),
-            load=_load(handle),
+        self._readable[identity.uuid] = instances is not None
+        health = DeviceHealth.HEALTHY if watched else DeviceHealth.UNMONITORED
+        if fault:
+            health = DeviceHealth.UNHEALTHY
+        return [replace(reading, health=health, reason=fault) for reading in readings]
+
+    def _read_device(self, identity: _Identity, handle: Any) -> DeviceReading:
+        total, free, used = calls.memory(handle)
+        return replace(
+            _nameplate(identity),
+            total=total,
+            free=free,
+            used=used,
+            processes=calls.processes(handle),
+            load=calls.load(handle),
         )
 
+    def _read_instance(self, identity: _Identity, handle: Any) -> DeviceReading:
+        name = calls.text(calls.attempt(lambda: pynvml.nvmlDeviceGetName(handle), f"{identity.name} MIG"))
+        uuid = calls.text(pynvml.nvmlDeviceGetUUID(handle))
+        return replace(self._read_device(identity, handle), uuid=uuid, name=name, parent=identity.uuid)
+
+    def _missed(self, known: DeviceReading) -> bool:
+        """True for a device that should be there. Whoever divides a GPU, or takes an instance away, means it."""
+        if known.parent:
+            return known.parent not in self._readable
+        return not self._readable.get(known.uuid, False)
+
     def _identify(self, index: int, handle: Any) -> _Identity:
-        uuid = _text(pynvml.nvmlDeviceGetUUID(handle))
+        uuid = calls.text(pynvml.nvmlDeviceGetUUID(handle))
         known = self._by_index.get(index)
         if known is None or known.uuid != uuid:
-            capability = _try(lambda: pynvml.nvmlDeviceGetCudaComputeCapability(handle), None)
+            capability = calls.attempt(lambda: pynvml.nvmlDeviceGetCudaComputeCapability(handle), None)
             known = self._by_index[index] = _Identity(
                 uuid=uuid,
                 index=index,
-                name=_text(_try(lambda: pynvml.nvmlDeviceGetName(handle), "NVIDIA GPU")),
+                name=calls.text(calls.attempt(lambda: pynvml.nvmlDeviceGetName(handle), "NVIDIA GPU")),
                 compute_capability=f"{capability[0]}.{capability[1]}" if capability else "",
-                pci_bus_id=_text(_try(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId, "")),
+                pci_bus_id=calls.text(calls.attempt(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId, "")),
+                minor=calls.attempt(lambda: pynvml.nvmlDeviceGetMinorNumber(handle), -1),
             )
         return known
 
-    def _unreadable(self, index: int, error: pynvml.NVMLError) -> DeviceReading | None:
+    def _unreadable(self, index: int, error: pynvml.NVMLError) -> list[DeviceReading]:
         identity = self._by_index.get(index)
         reason = _LOST if isinstance(error, pynvml.NVMLError_GpuIsLost) else str(error)
         if identity is None:
             # Lost before it was ever seen: it has no UUID that anybody could use.
             self._say(f"NVML: GPU {index}: {reason}")
-            return None
-        known = self._known.get(identity.uuid)
-        if known is None:
-            known = DeviceReading(
-                uuid=identity.uuid,
-                index=index,
-                name=identity.name,
-                compute_capability=identity.compute_capability,
-                pci_bus_id=identity.pci_bus_id,
-            )
-        return _unhealthy(known, reason)
+            return []
+        known = [each for each in self._known.values() if identity.uuid in (each.uuid, each.parent)]
+        return [_unhealthy(each, reason) for each in known or [_nameplate(identity)]]
 
     def _judge(self, reading: DeviceReading) -> DeviceReading:
-        reason = self._failed.get(reading.uuid, "")
+        reason = self._failed.get(reading.parent or reading.uuid, "")
         before = self._known.get(reading.uuid)
         if reason and reading.health is not DeviceHealth.UNHEALTHY:
             reading = replace(reading, health=DeviceHealth.UNHEALTHY, reason=reason)
@@ -238,7 +245,7 @@ class _XidWatch:
         except pynvml.NVMLError as error:
             log.info("NVML: no XID events of %s (%s)", uuid, error)
             return False
-        self._names[_address(handle)] = uuid
+        self._names[calls.address(handle)] = uuid
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="nvml-xid", daemon=True)
             self._thread.start()
@@ -263,7 +270,7 @@ class _XidWatch:
             log.debug("NVML: freeing the event set: %s", error)
 
     def _note(self, event: Any) -> None:
-        uuid = self._names.get(_address(event.device), "")
+        uuid = self._names.get(calls.address(event.device), "")
         if event.eventType == pynvml.nvmlEventTypeDoubleBitEccError:
             reason = "uncorrectable ECC error"
         else:
@@ -287,44 +294,16 @@ def _nothing() -> None:
     """Nobody listens."""
 
 
-def _memory(handle: Any) -> tuple[int, int, int]:
-    """(total, free, used) in MiB. Version 2 tells the driver's own share apart from what programs use."""
-    try:
-        info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    except _MISSING:
-        info = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return info.total // _MIB, info.free // _MIB, -(-info.used // _MIB)
-
-
-def _processes(handle: Any) -> tuple[ProcessMemory, ...]:
-    listed: list[Any] = _try(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle), [])
-    return tuple(ProcessMemory(each.pid, each.usedGpuMemory // _MIB) for each in listed if each.usedGpuMemory is not None)
-
-
-def _load(handle: Any) -> DeviceLoad:
-    return DeviceLoad(
-        utilization_percent=_try(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu, None),
-        temperature_celsius=_try(lambda: pynvml.nvmlDeviceGetTemperatureV(handle, pynvml.NVML_TEMPERATURE_GPU), None),
-        power_milliwatts=_try(lambda: pynvml.nvmlDeviceGetPowerUsage(handle), None),
+def _nameplate(identity: _Identity) -> DeviceReading:
+    return DeviceReading(
+        uuid=identity.uuid,
+        index=identity.index,
+        name=identity.name,
+        compute_capability=identity.compute_capability,
+        pci_bus_id=identity.pci_bus_id,
+        minor=identity.minor,
     )
-
-
-def _try(call: Callable[[], T], otherwise: T) -> T:
-    try:
-        return call()
-    except pynvml.NVMLError as error:
-        if not isinstance(error, _MISSING):
-            log.debug("NVML: %s", error)
-        return otherwise
 
 
 def _unhealthy(reading: DeviceReading, reason: str) -> DeviceReading:
     return replace(reading, free=0, used=0, health=DeviceHealth.UNHEALTHY, reason=reason, processes=(), load=None)
-
-
-def _address(handle: Any) -> int:
-    return ctypes.cast(handle, ctypes.c_void_p).value or 0
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

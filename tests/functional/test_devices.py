@@ -214,3 +214,66 @@ async def test_closing_lets_go_of_the_driver_at_once(gpus: FakeGpus):
         await machine.ask()
         await machine.ask("close")
         assert machine.took < 0.6
+
+
+DIVIDED = f"{TWO}0.mig 1\n0.mig.0.total 10737418240\n0.mig.0.uuid MIG-a\n0.mig.3.total 21474836480\n0.mig.3.uuid MIG-b\n"
+
+
+async def test_a_divided_gpu_is_its_instances_and_no_device_itself(gpus: FakeGpus):
+    gpus.set(DIVIDED)
+    gpus.add("0.mig.3.name NVIDIA A100-SXM4-80GB MIG 2g.20gb", "0.mig.3.proc 4242 1073741824")
+    async with reader(gpus) as machine:
+        small, large, l4 = await machine.ask()
+    assert (small["uuid"], large["uuid"], l4["uuid"]) == ("MIG-a", "MIG-b", L4)
+    assert (large["name"], large["total"], large["used"]) == ("NVIDIA A100-SXM4-80GB MIG 2g.20gb", 20_480, 1_024)
+    assert (large["parent"], large["compute_capability"], large["health"]) == (A100, "8.0", "Healthy")
+    assert large["processes"] == [[4242, 1024]]
+    assert small["processes"] == []
+
+
+async def test_what_hits_a_gpu_hits_all_its_instances(gpus: FakeGpus):
+    gpus.set(DIVIDED)
+    async with reader(gpus) as machine:
+        await machine.ask()
+        gpus.add("event 0 8 79")
+        await machine.until("health", "Unhealthy", "MIG-b")
+        assert [device["health"] for device in await machine.ask()] == ["Unhealthy", "Unhealthy", "Healthy"]
+    gpus.set(DIVIDED)
+    async with reader(gpus) as machine:
+        await machine.ask()
+        gpus.put("0.lost", 1)
+        assert {device["uuid"]: device["health"] for device in await machine.ask()} == {
+            "MIG-a": "Unhealthy",
+            "MIG-b": "Unhealthy",
+            L4: "Healthy",
+        }
+
+
+async def test_a_gpu_may_be_divided_and_made_whole_under_a_running_agent(gpus: FakeGpus):
+    async with reader(gpus) as machine:
+        assert [device["uuid"] for device in await machine.ask()] == [A100, L4]
+        gpus.set(DIVIDED)
+        assert [device["uuid"] for device in await machine.ask()] == ["MIG-a", "MIG-b", L4]
+        gpus.drop("0.mig.0.total")
+        assert [device["uuid"] for device in await machine.ask()] == ["MIG-b", L4]
+        gpus.set(TWO)
+        assert [(device["uuid"], device["health"]) for device in await machine.ask()] == [(A100, "Healthy"), (L4, "Healthy")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["0.ecc 3"], "3 uncorrectable ECC errors: the GPU needs a reset"),
+        (["0.ecc 0", "0.remap 1"], "a row remap is pending: the GPU needs a reset"),
+        (["0.ecc 1", "0.remap 2"], "1 uncorrectable ECC error, row remapping failed: the GPU needs a reset"),
+    ],
+)
+async def test_memory_that_cannot_be_trusted_makes_the_gpu_unhealthy_until_it_is_reset(
+    gpus: FakeGpus, lines: list[str], reason: str
+):
+    gpus.add("1.ecc 0", "1.remap 0", *lines)
+    async with reader(gpus) as machine:
+        a100, l4 = await machine.ask()
+        assert (a100["health"], a100["reason"], l4["health"]) == ("Unhealthy", reason, "Healthy")
+        gpus.set(TWO)
+        assert [device["health"] for device in await machine.ask()] == ["Healthy", "Healthy"]

@@ -185,7 +185,7 @@ def full_patch(known: Status, wanted: Status) -> dict[str, Any]:
 
 
 def is_urgent(known: Status, status: Status) -> bool:
-    """Someone decides by it within seconds: a replica's state, a device's coming, going or health, a stranger on a device."""
+    """Someone decides by it within seconds: a replica's state, a device's coming, going, health or holder, a stranger on it."""
     if _replica_states(known) != _replica_states(status) or _device_health(known) != _device_health(status):
         return True
     before, after = _foreign(known), _foreign(status)
@@ -200,8 +200,8 @@ def _replica_states(status: Status) -> dict[str, str]:
     return {replica: report.get("state", "") for replica, report in status.get("replicas", {}).items()}
 
 
-def _device_health(status: Status) -> dict[str, str]:
-    return {uuid: device.get("health", "") for uuid, device in status.get("devices", {}).items()}
+def _device_health(status: Status) -> dict[str, tuple[str, str]]:
+    return {uuid: (device.get("health", ""), device.get("heldBy", "")) for uuid, device in status.get("devices", {}).items()}
 
 
 def _foreign(status: Status) -> dict[str, int]:

@@ -43,7 +43,13 @@ class DeviceReading:
     pci_bus_id: str = ""
     health: DeviceHealth = DeviceHealth.UNMONITORED
     reason: str = ""
-    """Why it is Unhealthy, for the log."""
+    """Why it is Unhealthy."""
+    parent: str = ""
+    """UUID of the GPU that a MIG instance is a part of; empty for a whole one."""
+    minor: int = -1
+    """The N of /dev/nvidiaN, by which dynamic resource allocation names GPUs; a MIG instance has its GPU's. -1: not known."""
+    held_by: str = ""
+    """The other pod that holds it, as NAMESPACE/NAME."""
     processes: tuple[ProcessMemory, ...] = ()
     load: DeviceLoad | None = None
 

@@ -19,7 +19,7 @@ from llorch_api import (
     ReplicaState,
     ReplicaStatus,
 )
-from llorch_api.gpunode import MAX_DEVICES, MAX_MODELS, MAX_REPLICAS
+from llorch_api.gpunode import MAX_DEVICES, MAX_MEASURED, MAX_MODELS, MAX_REPLICAS
 
 from .readings import DeviceReading, SystemReading
 
@@ -70,6 +70,8 @@ class Facts:
     replicas: Sequence[ReplicaFacts] = ()
     models: Sequence[ModelFile] = ()
     """Newest first."""
+    measured: Mapping[str, int] = field(default_factory=dict)
+    """MiB that engines were seen to take, by measurement key; oldest first."""
 
 
 def clip(text: str, limit: int) -> str:
@@ -102,6 +104,7 @@ def compose(facts: Facts) -> dict[str, Any]:
         ),
         replicas={replica.id: _replica(replica) for replica in replicas},
         models={m.digest: CachedModel(source=clip(m.source, 256), size_mib=m.size_mib) for m in facts.models[:MAX_MODELS]},
+        measured=dict(list(facts.measured.items())[-MAX_MEASURED:]),
         summary=_summary(devices, facts.replicas),
     )
     return status.to_json()
@@ -127,6 +130,10 @@ def _device(device: DeviceReading, foreign: int) -> Device:
         fields["compute_capability"] = device.compute_capability
     if device.pci_bus_id:
         fields["pci_bus_id"] = device.pci_bus_id
+    if device.health is DeviceHealth.UNHEALTHY and device.reason:
+        fields["message"] = clip(device.reason, 128)
+    if device.held_by:
+        fields["held_by"] = clip(device.held_by, 256)
     return Device(**fields)
 
 
@@ -162,7 +169,7 @@ def _summary(devices: Sequence[DeviceReading], replicas: Iterable[ReplicaFacts])
     if not devices:
         return NodeSummary(gpus="", vram="", slots=_slots(replicas), pools=_pools(replicas))
     gpus = [device for device in devices if device.kind == "gpu"]
-    usable = [device for device in devices if device.health is not DeviceHealth.UNHEALTHY]
+    usable = [device for device in devices if device.health is not DeviceHealth.UNHEALTHY and not device.held_by]
     free, total = sum(down(min(d.free, d.total)) for d in usable), sum(device.total for device in usable)
     vram = f"{free / 1024:.1f}/{total / 1024:.1f}Gi"
     return NodeSummary(gpus=str(len(gpus)) if gpus else "cpu", vram=vram, slots=_slots(replicas), pools=_pools(replicas))
