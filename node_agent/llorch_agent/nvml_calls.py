@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import pynvml
@@ -87,9 +88,7 @@ def instances(handle: Any) -> list[Any] | None:
         return None
     most = attempt(lambda: pynvml.nvmlDeviceGetMaxMigDeviceCount(handle), 0)
     # Instances keep their number when others are removed: the list has holes, each of which answers NOT_FOUND.
-    found = (
-        attempt(lambda number=number: pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number), None) for number in range(most)
-    )
+    found = (attempt(partial(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number), None) for number in range(most))
     return [each for each in found if each is not None]
 
 
