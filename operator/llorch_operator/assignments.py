@@ -118,7 +118,7 @@ class AssignmentWriter:
             devices={uuid: AssignedDevice(vram_mib=share) for uuid, share in change.devices.items()},
             slots=spec.slots,
             context_tokens=spec.context_tokens,
-            engine_args=engine_arguments(spec),
+            engine_args=engine_arguments(spec.engine.kv_cache_type, spec.engine.args),
             drain_deadline_seconds=spec.drain_deadline_seconds,
         )
 

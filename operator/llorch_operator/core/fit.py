@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llorch_api import Desired, Strategy
+from llorch_api.gpunode import MAX_ASSIGNED_DEVICES
+from llorch_model.core.measured import corrected, measurement_key
 from llorch_model.core.vram import MemoryNeed, estimate, host_need, memory_settings, split_need
 
 from .refusal import Cause, Refusal
+from .revision import engine_arguments
 from .views import DeviceView, NodeView, PoolView, ReplicaView
 
 
@@ -19,8 +22,29 @@ class Fit:
     devices: dict[str, int]
 
 
-def need_of(pool: PoolView, kind: str, devices: int = 1) -> MemoryNeed:
-    """Memory that one replica of `pool` takes over `devices` devices of `kind` (gpu or cpu)."""
+def need_of(pool: PoolView, kind: str, devices: int = 1) -> MemoryNeed | None:
+    """Memory that one replica of `pool` takes over `devices` devices of `kind` (gpu or cpu); None where nobody knows."""
+    return corrected(
+        _estimate(pool, kind, devices),
+        trusted=not pool.shape.caveat,
+        # What an engine takes of host memory is no measure: weights that are mapped from their file are not counted.
+        measured_mib=pool.measured.get(_key(pool, devices), 0) if kind == "gpu" else 0,
+        fitted_mib=pool.fitted_mib,
+        stated_mib=pool.stated_mib,
+    )
+
+
+def _key(pool: PoolView, devices: int) -> str:
+    return measurement_key(
+        pool.digest,
+        slots=pool.slots,
+        context_tokens=pool.context_tokens,
+        engine_args=engine_arguments(pool.kv_cache_type, pool.engine_args),
+        devices=devices,
+    )
+
+
+def _estimate(pool: PoolView, kind: str, devices: int) -> MemoryNeed:
     settings = memory_settings(pool.engine_args)
     if kind == "cpu":
         return host_need(
@@ -65,12 +89,9 @@ def fit(pool: PoolView, node: NodeView) -> Fit | Refusal:
         return Refusal(node.name, Cause.NO_GPU, "has no GPU, and the pool does not allow the CPU (placement.allowCPU)")
     if any(device.kind == "gpu" for device in devices):
         devices = [device for device in devices if device.kind == "gpu"]
-    matching = [device for device in devices if device.healthy and _matches(pool, device)]
+    matching = [device for device in devices if device.usable and _matches(pool, device)]
     if not matching:
-        sick = sum(not device.healthy for device in devices)
-        return Refusal(
-            node.name, Cause.DEVICE, f"none of {len(devices)} devices matches" + (f", {sick} unhealthy" if sick else "")
-        )
+        return _no_device(pool, node, devices)
     return _by_memory(pool, node, matching)
 
 
@@ -94,6 +115,16 @@ def _excluded(pool: PoolView, node: NodeView) -> Refusal | None:
     return None
 
 
+def _no_device(pool: PoolView, node: NodeView, devices: list[DeviceView]) -> Refusal:
+    sick = sum(not device.healthy for device in devices)
+    held = [device for device in devices if device.healthy and _matches(pool, device)]
+    if held:  # they are right but for that
+        holders = ", ".join(sorted({device.held_by for device in held}))
+        text = f"{len(held)} of {len(devices)} devices match, held by another pod: {holders}"
+        return Refusal(node.name, Cause.HELD, text + (f"; {sick} unhealthy" if sick else ""))
+    return Refusal(node.name, Cause.DEVICE, f"none of {len(devices)} devices matches" + (f", {sick} unhealthy" if sick else ""))
+
+
 def _matches(pool: PoolView, device: DeviceView) -> bool:
     wanted = pool.placement.gpu_selector
     if wanted.get("name", "").lower() not in device.name.lower():
@@ -107,6 +138,11 @@ def _matches(pool: PoolView, device: DeviceView) -> bool:
 def _by_memory(pool: PoolView, node: NodeView, devices: list[DeviceView]) -> Fit | Refusal:
     free = available(node)
     need = need_of(pool, devices[0].kind)
+    if need is None:
+        text = (
+            f"{pool.shape.caveat}; nothing has measured it yet: state engine.vramMiB, or put llama-fit-params beside llama-server"
+        )
+        return Refusal(node.name, Cause.UNSIZED, text)
     roomy = [device for device in devices if free[device.uuid] >= need.total_mib]
     if roomy:
         most = pool.placement.strategy is Strategy.SPREAD
@@ -114,9 +150,11 @@ def _by_memory(pool: PoolView, node: NodeView, devices: list[DeviceView]) -> Fit
         return Fit(node.name, {best.uuid: need.total_mib})
     ordered = sorted(devices, key=lambda device: (-free[device.uuid], device.uuid))
     if pool.placement.allow_split:
-        for count in range(2, len(ordered) + 1):
-            chosen = ordered[:count]
-            shares = split_need(need_of(pool, "gpu", count), [free[device.uuid] for device in chosen])
+        whole = [device for device in ordered if device.splits][:MAX_ASSIGNED_DEVICES]
+        for count in range(2, len(whole) + 1):
+            chosen = whole[:count]
+            spread = need_of(pool, "gpu", count)
+            shares = split_need(spread, [free[device.uuid] for device in chosen]) if spread is not None else None
             if shares is not None:
                 return Fit(node.name, {device.uuid: share for device, share in zip(chosen, shares, strict=True)})
     nearest = ordered[0]

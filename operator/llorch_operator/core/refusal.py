@@ -15,6 +15,8 @@ class Cause(StrEnum):
     SELECTOR = "excluded by the placement"
     NO_GPU = "no GPU"
     DEVICE = "no matching device"
+    HELD = "held by another pod"
+    UNSIZED = "memory need not known"
     MODEL = "model not there"
     FAILED = "failed here lately"
     DISK = "disk"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from llorch_api import GPUPoolSpec, ResolvedModel
 
@@ -25,8 +26,8 @@ def revision_of(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:10]
 
 
-def engine_arguments(spec: GPUPoolSpec) -> list[str]:
-    """The llama-server arguments of an assignment, beyond model, context, slots and devices, which the agent sets."""
-    kind = spec.engine.kv_cache_type
-    cache = [] if kind == "f16" else ["--cache-type-k", kind, "--cache-type-v", kind]
-    return [*cache, *spec.engine.args]
+def engine_arguments(kv_cache_type: str, args: Sequence[str]) -> list[str]:
+    """The llama-server arguments of an assignment out of a pool's kvCacheType and engine.args, beyond model, context, slots and
+    devices, which the agent sets."""
+    cache = [] if kv_cache_type == "f16" else ["--cache-type-k", kv_cache_type, "--cache-type-v", kv_cache_type]
+    return [*cache, *args]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +34,18 @@ class DeviceView:
     foreign: int
     healthy: bool
     compute_capability: tuple[int, int] = (0, 0)
+    held_by: str = ""
+    """The other pod that holds it, as NAMESPACE/NAME; nothing is placed on it then."""
+
+    @property
+    def usable(self) -> bool:
+        """True where a replica may go."""
+        return self.healthy and not self.held_by
+
+    @property
+    def splits(self) -> bool:
+        """False for a MIG instance: CUDA shows a process one of them at most."""
+        return not self.uuid.startswith("MIG-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +128,11 @@ class PoolView:
     """Nodes that hold a file: source; None where any node can reach the model."""
     missing_because: str = ""
     """What a node outside `present_on` is told."""
+    stated_mib: int = 0
+    """The user's own figure for a replica, engine.vramMiB; 0 where there is none."""
+    fitted_mib: int = 0
+    """What llama-fit-params says of a model whose header does not decide; 0 where nobody asked it."""
+    measured: Mapping[str, int] = field(default_factory=dict)
+    """MiB that engines were seen to take, by measurement key, over the whole fleet."""
     unfit: frozenset[str] = frozenset()
     """Nodes where this revision failed within the last minutes."""
