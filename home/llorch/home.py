@@ -16,7 +16,8 @@ from llorch_agent.app import Agent
 from llorch_agent.settings import AgentSettings
 from llorch_gateway.app import Gateway
 from llorch_gateway.settings import GatewaySettings
-from llorch_operator.app import Operator, node_api_off
+from llorch_operator.app import Operator
+from llorch_operator.node_api import is_node_api
 from llorch_operator.settings import OperatorSettings
 from llorch_store import Store, StoreError
 from llorch_store.factory import open_store
@@ -107,16 +108,17 @@ async def _serve_on(store: Store, settings: Settings, stop: asyncio.Event, progr
             await asyncio.wait({serving})
             reconciling.cancel()
     finally:
+        operator.end_requests()
         await server.stop(SERVER_STOP_SECONDS)
 
 
 def _application(operator: Operator, gateway: Gateway, agent: Agent, settings: AgentSettings) -> web.Application:
     token = settings.api_token.get_secret_value() if settings.api_token else None
     return application(
-        [*gateway.routes(), *agent.routes(), *node_api_off()],
+        [*gateway.routes(), *agent.routes(), *operator.routes()],
         registries=[operator.registry, gateway.registry, agent.registry],
         tokens=Tokens(token, settings.api_token_file),
-        protects=lambda path: path.startswith(("/replicas/", "/v2/")),
+        protects=lambda path: path.startswith(("/replicas/", "/v2/")) and not is_node_api(path),
         health=lambda: operator.health() or agent.health(),
     )
 

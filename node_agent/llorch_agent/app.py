@@ -123,6 +123,10 @@ class Agent:
         if self.settings.address is None:
             self._address = url.rstrip("/")
 
+    def beat_every(self, seconds: float) -> None:
+        """What the control plane asks for; a shorter interval of the settings stays."""
+        self._publisher.beat_every(seconds)
+
     def health(self) -> str:
         """Why the agent is not healthy; empty when it is. A store that is away is no reason: engines serve without it."""
         if self._owner_task is None:

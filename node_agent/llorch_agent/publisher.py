@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -46,6 +47,7 @@ class Publisher:
         self._store = store
         self._key = Key("", node)
         self._heartbeat = heartbeat
+        self._own_interval = heartbeat.pace.interval
         self._snapshot = snapshot
         self._owner = owner
         self._wake = asyncio.Event()
@@ -71,6 +73,12 @@ class Publisher:
         """What is registered has changed, such as the owner."""
         self._again = True
         self._wake.set()
+
+    def beat_every(self, seconds: float) -> None:
+        """What the control plane asks for. A configured interval that is shorter stays: a node never beats less than it says."""
+        interval = max(1.0, min(self._own_interval, seconds))
+        if interval != self._heartbeat.pace.interval:
+            self._heartbeat.pace = replace(self._heartbeat.pace, interval=interval)
 
     async def run(self) -> None:
         """Writes for ever."""

@@ -14,6 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_./]{0,252})=([A-Za-z0-9][-A-Za-z0-9_.]{0,62}|)")
 
+_POOL = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]{0,63}")
+
 
 def host_name() -> str:
     """The host's name in the form that Kubernetes takes."""
@@ -49,7 +51,17 @@ class AgentSettings(BaseSettings):
     """Between two heartbeats, in seconds. A silent node is Offline after 3 of them, or after the
     operator's time-out if that is longer."""
     cloud_profile: bool = Field(False, validation_alias="POOL_MANAGERD_CLOUD_PROFILE")
-    """Accepted, and the same either way: the node is always published in the store that LLORCH_STORE names."""
+    """True, with ORCHESTRATORD_URL and without LLORCH_STORE: the node is published through the operator's node API. Otherwise it
+    is published in the store, in the cluster and at home alike."""
+    orchestrator_url: str | None = Field(
+        None, max_length=256, pattern=r"^https?://[^/\s]+/?$", validation_alias="ORCHESTRATORD_URL"
+    )
+    """http://host:port of the operator whose node API the agent registers with. It may be away: the agent asks for ever."""
+    register_on_startup: bool = Field(True, validation_alias="ORCHESTRATORD_REGISTER_ON_STARTUP")
+    """False: the agent does not register its node, and beats once somebody else has registered it."""
+    pools: Annotated[tuple[str, ...], NoDecode] = Field(("pool-0",), max_length=64, validation_alias="POOL_MANAGERD_POOLS")
+    """Names of the pools that handoff files will come for, separated by commas. The node API shows them as not ready until
+    then. Without effect where the node is published in a store."""
     model_dir: Path = Field(Path("~/.cache/llorch/models"), validation_alias="LLORCH_MODEL_DIR")
     """Where fetched models are kept."""
     model_roots: Annotated[tuple[Path, ...] | None, NoDecode] = Field(None, validation_alias="LLORCH_MODEL_ROOTS")
@@ -89,6 +101,16 @@ class AgentSettings(BaseSettings):
             raise ValueError("must be absolute directories, separated by ':'")
         return tuple(roots)
 
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _split_pools(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        names = [part.strip() for part in value.split(",") if part.strip()]
+        if not all(_POOL.fullmatch(name) for name in names):
+            raise ValueError("must be names of letters, digits, '-', '_' and '.', separated by commas")
+        return tuple(dict.fromkeys(names))
+
     @field_validator("node_labels", mode="before")
     @classmethod
     def _split_labels(cls, value: object) -> object:
@@ -98,6 +120,11 @@ class AgentSettings(BaseSettings):
         if not all(pairs) or len(pairs) > 64:
             raise ValueError("must be key=value,… with at most 64 labels as Kubernetes takes them")
         return {pair[1]: pair[2] for pair in pairs if pair}
+
+    @property
+    def over_http(self) -> bool:
+        """The node is published through the node API and not in a store."""
+        return self.cloud_profile and self.orchestrator_url is not None and self.store is None
 
     @property
     def machine(self) -> str:

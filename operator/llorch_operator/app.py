@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from aiohttp import web
@@ -16,8 +17,12 @@ from .events import Events, LoggedEvents
 from .feed import feed
 from .fleet import Fleet
 from .metrics import OperatorMetrics
-from .reconciler import Reconciler
+from .node_api import NodeApi
+from .node_registry import NodeRegistry
+from .reconciler import Reconciler, wall_clock
 from .settings import OperatorSettings
+
+log = logging.getLogger("llorch.operator")
 
 STUCK_SECONDS = 30.0
 """Seconds after which a loop that does not come round fails the liveness probe."""
@@ -32,16 +37,32 @@ class Operator:
         self._store = store
         timing = Timing(node_timeout=settings.node_timeout_ms / 1000, grace=float(settings.replace_grace_secs))
         self.fleet = Fleet(LivenessTracker(timing), time.monotonic, claimed_hosts=claimed_hosts)
+        tokens = Tokens(settings.api_token, settings.api_token_file)
         self.reconciler = Reconciler(
             store,
             self.fleet,
             events or LoggedEvents(),
             namespace=settings.namespace,
             load_deadline=float(settings.load_deadline_secs),
-            tokens=Tokens(settings.api_token, settings.api_token_file),
+            tokens=tokens,
         )
         self.registry = CollectorRegistry()
         self.registry.register(OperatorMetrics(self.fleet, self.reconciler))
+        self._node_api: NodeApi | None = None
+        if settings.cloud_profile:
+            interval = settings.heartbeat_interval_secs
+            nodes = NodeRegistry(store, self.fleet, interval=interval, wall_clock=wall_clock)
+            self._node_api = NodeApi(nodes, self.fleet, tokens, self.registry, interval=interval)
+            if not tokens.configured:
+                log.warning("the node API has no LLORCH_API_TOKEN: it answers peers on loopback and no others")
+
+    def routes(self) -> list[web.RouteDef]:
+        """The node API, or where the cloud profile is off the word that it is. It asks for tokens itself."""
+        return node_api_off() if self._node_api is None else self._node_api.routes()
+
+    def end_requests(self) -> None:
+        """Ends what waits for a change; to be called before the server is stopped."""
+        self.fleet.spec_bell.close()
 
     async def run(self) -> None:
         """Watches the store and reconciles until cancelled."""

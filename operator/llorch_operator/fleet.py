@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 from llorch_api import AgentState, GPUNode, GPUPool
 
 from .core.liveness import Liveness, LivenessTracker, Transition
+from .core.node_wire import came_by_http
 from .core.nodes import Pulse, recorded, token_of
 from .core.pools import Seen
 from .core.views import PoolKey
+from .spec_bell import SpecBell
 
 RETRY_SECONDS = 1.0
 """Until what could not be written is planned again."""
@@ -23,6 +25,10 @@ def _newer(known: GPUNode | GPUPool | None, seen: GPUNode | GPUPool) -> bool:
         return True
     old, new = known.metadata.resource_version, seen.metadata.resource_version
     return not (old.isdigit() and new.isdigit()) or int(new) > int(old)
+
+
+def _identity(node: GPUNode) -> tuple[str, int]:
+    return node.metadata.uid, node.metadata.generation
 
 
 def _routine(old: GPUNode, new: GPUNode) -> bool:
@@ -53,6 +59,8 @@ class Fleet:
         self.nodes: dict[str, GPUNode] = {}
         self.pools: dict[PoolKey, GPUPool] = {}
         self.changed = asyncio.Event()
+        self.spec_bell = SpecBell()
+        """Rings for a node whose spec is another one."""
         self.transitions: list[Transition] = []
         """Changes of liveness since the last plan."""
         self.again_at: float | None = None
@@ -68,6 +76,8 @@ class Fleet:
         if not _newer(known, node):
             return
         self.nodes[name] = node
+        if known is None or _identity(known) != _identity(node):
+            self.spec_bell.ring(name)
         before = self.tracker.placeable(name)
         moved = self.tracker.observe(
             name,
@@ -87,6 +97,7 @@ class Fleet:
         """The node's object is gone."""
         if self.nodes.pop(name, None) is not None:
             self.tracker.forget(name)
+            self.spec_bell.ring(name)
             self.changed.set()
 
     def observe_pool(self, pool: GPUPool) -> None:
@@ -118,11 +129,12 @@ class Fleet:
         return Pulse(self.tracker.state(name), self.tracker.placeable(name), self.tracker.silent_for(name, self._clock()))
 
     def base_url(self, node: GPUNode) -> str:
-        """Where the node's agent answers: the pod's IP with the agent's port. What it claims counts only outside a cluster."""
+        """Where the node's agent answers: the pod's IP with the agent's port. What it claims counts outside a cluster, and
+        for nodes that came through the node API: they have no pod here."""
         claimed = urlsplit(node.status.agent.address)
         if claimed.hostname is None or claimed.scheme not in ("http", "https"):
             return ""
-        if self._claimed_hosts:
+        if self._claimed_hosts or came_by_http(node):
             return f"{claimed.scheme}://{claimed.netloc}"
         host = self._hosts.get(node.metadata.name)
         if host is None:

@@ -17,7 +17,7 @@ from llorch_web.run import run, stop_requested
 from llorch_web.server import Server
 from llorch_web.settings import StartError, load
 
-from .app import Operator, node_api_off
+from .app import Operator
 from .settings import OperatorSettings
 
 
@@ -44,12 +44,13 @@ async def operate(settings: OperatorSettings) -> None:
 
 
 async def _serve(operator: Operator, settings: OperatorSettings, work: Callable[[], Awaitable[None]]) -> None:
-    app = application(node_api_off(), registries=[operator.registry], health=operator.health)
+    app = application(operator.routes(), registries=[operator.registry], health=operator.health)
     server = Server(app, settings.addr, variable="ORCHESTRATORD_ADDR")
     await server.start()
     try:
         await work()
     finally:
+        operator.end_requests()
         await server.stop()
 
 

@@ -13,6 +13,10 @@ class OperatorSettings(BaseSettings):
 
     addr: str = Field("0.0.0.0:8080", validation_alias="ORCHESTRATORD_ADDR", pattern=r"^.*:\d{1,5}$")
     """host:port of /health, /metrics and the node API."""
+    cloud_profile: bool = Field(False, validation_alias="ORCHESTRATORD_CLOUD_PROFILE")
+    """True opens the node API, /v2/nodes, to agents outside the cluster. Set a token, or only agents on loopback are answered."""
+    heartbeat_interval_secs: int = Field(10, ge=1, le=60, validation_alias="ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS")
+    """What the node API tells agents to beat in, in seconds. An agent beats more often where its own setting is shorter."""
     node_timeout_ms: int = Field(30_000, ge=5_000, le=300_000, validation_alias="ORCHESTRATORD_NODE_TIMEOUT_MS")
     """How long a node may be silent before it is Offline, in ms. Shorter finds dead nodes sooner, and must stay above the
     watch's stall time-out plus one heartbeat, or a quiet watch makes every node be read again."""

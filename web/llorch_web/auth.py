@@ -119,15 +119,16 @@ def auth_middleware(tokens: Tokens, protects: Callable[[str], bool] = lambda pat
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if protects(request.path) and (refusal := _refusal(request, tokens)) is not None:
-            log.warning("refused %s %s from %s: %s", request.method, request.path, request.remote, refusal.code)
-            return refusal.response()
+        if protects(request.path) and (refused := refusal(request, tokens)) is not None:
+            log.warning("refused %s %s from %s: %s", request.method, request.path, request.remote, refused.code)
+            return refused.response()
         return await handler(request)
 
     return check
 
 
-def _refusal(request: web.Request, tokens: Tokens) -> ApiError | None:
+def refusal(request: web.Request, tokens: Tokens) -> ApiError | None:
+    """Why the request is not let in: 401 missing_token or bad_token, 403 non_loopback_without_token. None when it is."""
     if not tokens.configured:
         if is_loopback(request.remote):
             return None

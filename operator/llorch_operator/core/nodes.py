@@ -53,7 +53,7 @@ def _why_not(node: GPUNode, phase: NodePhase) -> str:
     if node.spec.unschedulable:
         return "cordoned (spec.unschedulable)"
     if node.status.node.unschedulable:
-        return "its Kubernetes node is cordoned"
+        return "cordoned by its node (status.node.unschedulable)"
     return ""
 
 
