@@ -115,6 +115,10 @@ class Heartbeat(ApiModel):
     sequence: Annotated[int, Field(ge=0, description="Counts the agent's beats since its start.")] = 0
     time: Annotated[Timestamp, Field(description="The agent's clock, for display only.")] = ""
     interval_seconds: Annotated[int, Field(ge=1, le=3600, description="Seconds between beats that the agent aims at.")] = 10
+    mode: Annotated[
+        Literal["status", "lease"],
+        Field(description="status: each beat is a write of this status. lease: each renews a Lease of the node's name instead."),
+    ] = "status"
 
 
 class NodeFacts(ApiModel):

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -19,6 +19,7 @@ from llorch_api import AgentState, AgentStatus, OwnerReference
 from llorch_model.model_directory import ModelDirectory
 from llorch_store import Store
 from llorch_store.default import default_store
+from llorch_web.settings import StartError
 
 from .assignments import Assignments
 from .core.handoff import UrlPolicy
@@ -38,6 +39,9 @@ from .publisher import Publisher, timestamp
 from .replicas import Replicas
 from .settings import AgentSettings
 from .system import read_system
+
+if TYPE_CHECKING:
+    from .lease_kubernetes import NodeLease
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +85,16 @@ class Agent:
         self._inspect = InspectRoute(roots)
         self._logs = LogRoute(self._engines.logs, self.replicas)
         self._facts_source = facts or _facts_source(settings, in_cluster)
+        self._lease = _lease(settings, in_cluster)
         self._publisher = Publisher(
             store,
             settings.node_id,
-            Heartbeat(Pace(interval=float(settings.heartbeat_interval_secs)), draw.random),
+            Heartbeat(
+                Pace(interval=float(settings.heartbeat_interval_secs)), draw.random, lease=settings.heartbeat_mode == "lease"
+            ),
             self.snapshot,
             owner=self._owner,
+            lease=self._lease,
         )
         self._entries = PoolEntries(store, settings.node_id, self.replicas, draw)
         self._devices = Devices(devices or _device_source(settings), self.replicas, changed=self._publisher.poke)
@@ -99,6 +107,7 @@ class Agent:
             models=settings.models,
             roots=roots,
             draw=draw,
+            gone=self._publisher.register_again,
         )
         self._known = KnownNode()
         self._system = SystemReading()
@@ -189,6 +198,8 @@ class Agent:
             await asyncio.wait([self._owner_task])
         await self._devices.close()
         await self._facts_source.close()
+        if self._lease is not None:
+            await self._lease.close()
         if not self._owner_task.cancelled():
             self._owner_task.result()
 
@@ -320,6 +331,16 @@ def _device_source(settings: AgentSettings) -> DeviceSource:
     from .nvml import NvmlSource
 
     return NvmlSource() if settings.devices == "nvml" else FirstOf(NvmlSource(), CpuSource())
+
+
+def _lease(settings: AgentSettings, in_cluster: bool) -> NodeLease | None:
+    if settings.heartbeat_mode == "status":
+        return None
+    if not in_cluster:
+        raise StartError("LLORCH_HEARTBEAT_MODE=lease — must be status where LLORCH_STORE is not kubernetes")
+    from .lease_kubernetes import NodeLease
+
+    return NodeLease(settings.node_id, settings.namespace, float(settings.heartbeat_interval_secs))
 
 
 def _facts_source(settings: AgentSettings, in_cluster: bool) -> NodeFactsSource:

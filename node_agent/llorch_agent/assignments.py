@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,10 @@ class Assignments:
         models: Path,
         roots: ModelRoots,
         draw: random.Random,
+        gone: Callable[[], None] = lambda: None,
     ) -> None:
+        """`gone` is called when the GPUNode was deleted."""
+        self._gone = gone
         self._store = store
         self._node = node
         self._replicas = replicas
@@ -128,6 +131,7 @@ class Assignments:
                     async for event in events:
                         if event.type is EventType.DELETED:
                             self._seen = None
+                            self._gone()
                         elif event.object is not None:
                             self._seen = (event.object.metadata.uid, event.object.spec.replicas)
                             self._wake.set()

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from llorch_api import AgentState, GPUNode, ObjectMeta, OwnerReference
 from llorch_store import Key, NotFound, Store, StoreError, Unavailable
 
-from .core.heartbeat import Heartbeat, Register, Wait, Write
+from .core.heartbeat import Heartbeat, Register, Renew, Wait, Write, WriteKind
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,14 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+class Renewal(Protocol):
+    """A sign of life that is no write of the status."""
+
+    async def renew(self, owner: OwnerReference | None) -> None:
+        """Renews it, and makes it where it is gone. Raises StoreError."""
+        ...
+
+
 class Publisher:
     """Registers the node and keeps its status, one request at a time, for as long as `run` runs. No failure ends it."""
 
@@ -43,8 +51,11 @@ class Publisher:
         snapshot: Callable[[], Mapping[str, Any]],
         *,
         owner: Callable[[], OwnerReference | None] = lambda: None,
+        lease: Renewal | None = None,
     ) -> None:
+        """`lease` is what beats renew where `heartbeat.lease` says so."""
         self._store = store
+        self._lease = lease
         self._key = Key("", node)
         self._heartbeat = heartbeat
         self._own_interval = heartbeat.pace.interval
@@ -92,6 +103,8 @@ class Publisher:
                     await self._request("register", self._register())
                 case Write() as write:
                     await self._request(write.kind, self._write(write))
+                case Renew():
+                    await self._request(WriteKind.RENEW, self._renew())
                 case Wait(until=until):
                     await self._pause(until - time.monotonic())
 
@@ -118,7 +131,7 @@ class Publisher:
     async def _request(self, kind: str, request: Any) -> None:
         try:
             async with asyncio.timeout(min(REQUEST_TIMEOUT_S, self._heartbeat.pace.interval / 2)):
-                node: GPUNode = await request
+                node: GPUNode | None = await request
         except NotFound as error:
             self._heartbeat.gone()
             self._failed(kind, error)
@@ -128,10 +141,13 @@ class Publisher:
             self._heartbeat.failed(time.monotonic(), error.retry_after if isinstance(error, Unavailable) else None)
             self._failed(kind, error)
         else:
-            status = node.status.to_json()
-            self._heartbeat.done(node.metadata.uid, status)
-            if kind != "register":
-                self._told_state = status.get("agent", {}).get("state", AgentState.RUNNING)
+            if node is None:
+                self._heartbeat.renewed()
+            else:
+                status = node.status.to_json()
+                self._heartbeat.done(node.metadata.uid, status)
+                if kind != "register":
+                    self._told_state = status.get("agent", {}).get("state", AgentState.RUNNING)
             self._succeeded(kind)
 
     async def _register(self) -> GPUNode:
@@ -139,6 +155,10 @@ class Publisher:
         if (owner := self._owner()) is not None:
             meta["owner_references"] = [owner]
         return await self._store.apply(GPUNode(metadata=ObjectMeta(**meta)), field_manager=FIELD_MANAGER)
+
+    async def _renew(self) -> None:
+        if self._lease is not None:
+            await self._lease.renew(self._owner())
 
     async def _write(self, write: Write) -> GPUNode:
         return await self._store.patch_status(GPUNode, self._key, write.patch, field_manager=FIELD_MANAGER, uid=write.uid)

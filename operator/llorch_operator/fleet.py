@@ -65,6 +65,8 @@ class Fleet:
         """Changes of liveness since the last plan."""
         self.again_at: float | None = None
         """When to plan once more because a write failed, by the same clock."""
+        self._renewed: dict[str, str] = {}
+        """When each node's Lease was renewed, by its agent's clock: only ever compared for being another one."""
         self._clock = clock
         self._hosts: dict[str, str] = {}
         self._claimed_hosts = claimed_hosts
@@ -78,11 +80,32 @@ class Fleet:
         self.nodes[name] = node
         if known is None or _identity(known) != _identity(node):
             self.spec_bell.ring(name)
+        self._beat(node)
+        if known is None or not _routine(known, node):
+            self.changed.set()
+
+    def observe_lease(self, name: str, renewed: str, *, fresh: bool) -> None:
+        """A node's Lease as it is now. One that is first seen is no sign of life unless it is `fresh`: just made."""
+        known = self._renewed.get(name)
+        if known == renewed:
+            return
+        self._renewed[name] = renewed
+        node = self.nodes.get(name)
+        if node is None:
+            return
+        if known is None and not fresh:
+            self.tracker.rebase(name, token_of(node, renewed))
+        else:
+            self._beat(node)
+
+    def _beat(self, node: GPUNode) -> None:
+        """What the node's object and its Lease say together."""
+        name = node.metadata.name
         before = self.tracker.placeable(name)
         moved = self.tracker.observe(
             name,
             uid=node.metadata.uid,
-            token=token_of(node),
+            token=token_of(node, self._renewed.get(name, "")),
             interval=node.status.heartbeat.interval_seconds,
             now=self._clock(),
             stopped=node.status.agent.state is AgentState.STOPPED,
@@ -90,13 +113,14 @@ class Fleet:
         )
         if moved:
             self.transitions.append(moved)
-        if moved or known is None or before is not self.tracker.placeable(name) or not _routine(known, node):
+        if moved or before is not self.tracker.placeable(name):
             self.changed.set()
 
     def forget_node(self, name: str) -> None:
         """The node's object is gone."""
         if self.nodes.pop(name, None) is not None:
             self.tracker.forget(name)
+            self._renewed.pop(name, None)
             self.spec_bell.ring(name)
             self.changed.set()
 

@@ -60,13 +60,15 @@ async def _in_kopf(store: Store, settings: OperatorSettings, stop: asyncio.Event
     from .addresses import AgentPods
     from .handlers import build_registry
     from .kube_events import KubernetesEvents
+    from .leases import NodeLeases
     from .preflight import require_crds
 
     await require_crds(store)
     events = KubernetesEvents()
     operator = Operator(store, settings, events=events, claimed_hosts=False)
     pods = AgentPods(operator.fleet, settings.namespace, settings.agent_selector)
-    reconciler = Companion(lambda: _together(operator.reconciler.run(), pods.run(), events.run()), stop)
+    leases = operator.reconciler.renewals = NodeLeases(operator.fleet, settings.namespace)
+    reconciler = Companion(lambda: _together(operator.reconciler.run(), pods.run(), events.run(), leases.run()), stop)
     registry = build_registry(operator.fleet, reconciler.start, reconciler.end)
     # kopf installs no signal handlers outside its own command line; `stop` ends it.
     await _serve(operator, settings, lambda: kopf.operator(registry=registry, clusterwide=True, standalone=True, stop_flag=stop))

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
+from typing import Protocol
 
 import aiohttp
 
@@ -47,6 +48,14 @@ def wall_clock() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+class Renewals(Protocol):
+    """Where nodes in lease mode show their signs of life."""
+
+    async def read(self, nodes: Collection[str]) -> None:
+        """Takes in the newest of `nodes`. Raises StoreError where that is not known."""
+        ...
+
+
 class Reconciler:
     """Plans and writes until it is cancelled. Its death is the operator's: whoever runs it must notice."""
 
@@ -75,6 +84,8 @@ class Reconciler:
         self._handoff_pools = HandoffPools(store, fleet, namespace)
         self._next_relist = 0.0
         self._wake_at: float | None = None
+        self.renewals: Renewals | None = None
+        """Asked before a node in lease mode is demoted."""
         self._blind = False
         self.last_tick = clock()
         """When the loop last came round, for the liveness probe."""
@@ -147,6 +158,9 @@ class Reconciler:
                 found = {node.metadata.name: node for node in (await self._store.list(GPUNode)).items}
             else:
                 found = {name: await self._store.get(GPUNode, Key("", name)) for name in suspects if name in self._fleet.nodes}
+            leased = [name for name in suspects if name in found and found[name].status.heartbeat.mode == "lease"]
+            if leased and self.renewals is not None:
+                await self.renewals.read(leased)
         except NotFound:
             self._next_relist = 0.0
             return []

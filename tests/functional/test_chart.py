@@ -188,3 +188,16 @@ def test_the_chart_installs_the_generated_crds() -> None:
 def test_the_example_pools_are_valid(path: Path) -> None:
     pools = [GPUPool.model_validate(document) for document in yaml.safe_load_all(path.read_text())]
     assert pools
+
+
+def test_lease_mode_gives_agents_a_lease_of_their_own_and_no_other(helm: str) -> None:
+    documents = render(helm, "--set", "agent.heartbeat.mode=lease")
+    env = {each["name"]: each for each in container(one(documents, "DaemonSet", "llorch-agent"))["env"]}
+    assert env["LLORCH_HEARTBEAT_MODE"]["value"] == "lease"
+    assert env["LLORCH_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
+    assert verbs(one(documents, "Role", "llorch-agent")) == {"coordination.k8s.io/leases": {"create", "patch"}}
+    assert {"list", "watch"} <= verbs(one(documents, "Role", "llorch-operator"))["coordination.k8s.io/leases"]
+    policy = one(documents, "ValidatingAdmissionPolicy", "llorch-agent-own-lease")["spec"]
+    assert policy["matchConstraints"]["resourceRules"][0]["resources"] == ["leases"]
+    assert one(documents, "ValidatingAdmissionPolicyBinding", "llorch-agent-own-lease")["spec"]["validationActions"] == ["Deny"]
+    assert not [d for d in render(helm) if d["kind"] == "Role" and d["metadata"]["name"] == "llorch-agent"]

@@ -27,6 +27,7 @@ class WriteKind(StrEnum):
     BEAT = "beat"
     URGENT = "urgent"
     FULL = "full"
+    RENEW = "renew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,12 @@ class Wait:
     until: float
 
 
-Decision = Write | Register | Wait
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Renew the node's Lease: a beat that leaves the status alone."""
+
+
+Decision = Write | Register | Renew | Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,8 @@ class Heartbeat:
 
     pace: Pace
     draw: Callable[[], float]
+    lease: bool = False
+    """Beats renew a Lease; the status is written on urgent changes and every `pace.full_every` seconds."""
     sequence: int = 0
     """Counts the writes of this process: any change of it is a sign of life."""
     _uid: str = ""
@@ -123,24 +131,33 @@ class Heartbeat:
                 self._credit -= 1.0
                 return self._write(WriteKind.URGENT, now, status, time)
             return Wait(min(due_at, self._next_beat))
+        if due and self.lease:
+            self._in_flight = {}
+            self._schedule(now)
+            return Renew()
         if due:
             return self._write(WriteKind.BEAT, now, status, time)
         return Wait(self._next_beat)
 
     def _write(self, kind: WriteKind, now: float, status: Status, time: str) -> Write:
         self.sequence += 1
-        beat = {"sequence": self.sequence, "time": time, "intervalSeconds": round(self.pace.interval)}
+        beat: dict[str, Any] = {"sequence": self.sequence, "time": time, "intervalSeconds": round(self.pace.interval)}
+        if self.lease:
+            beat["mode"] = "lease"
         wanted = {**status, "heartbeat": beat}
         patch = full_patch(self._known, wanted) if kind is WriteKind.FULL else merge_diff(self._known, wanted)
         self._in_flight = patch
+        self._schedule(now)
+        if kind is WriteKind.FULL:
+            self._next_full = now + self.pace.full_every
+        return Write(kind, patch, self._uid)
+
+    def _schedule(self, now: float) -> None:
         if self._spread:  # agents that started together must not go on beating together
             self._spread, offset = False, 0.1 + 0.9 * self.draw()
         else:
             offset = 1.0 + self.pace.jitter * (2.0 * self.draw() - 1.0)
         self._next_beat = now + self.pace.interval * offset
-        if kind is WriteKind.FULL:
-            self._next_full = now + self.pace.full_every
-        return Write(kind, patch, self._uid)
 
     def _refill(self, now: float) -> float:
         """When the next urgent write may go."""
@@ -158,8 +175,13 @@ class Heartbeat:
         self._known = {name: status[name] for name in AGENT_STATUS_FIELDS if name in status}
         self._in_flight, self._failures, self._not_before = None, 0, float("-inf")
 
+    def renewed(self) -> None:
+        """The Lease was renewed."""
+        self._in_flight, self._failures, self._not_before = None, 0, float("-inf")
+
     def failed(self, now: float, retry_after: float | None = None) -> None:
         """The request failed, or nobody knows: the next write tells everything. `retry_after` is the server's wish, seconds."""
+        renewal = self._in_flight == {} and bool(self._uid)
         if self._in_flight is not None:
             self._known = _overlay(self._known, self._in_flight)
         self._failures += 1
@@ -168,7 +190,9 @@ class Heartbeat:
         wait = least + self.draw() * (min(most, 2.0**self._failures) - least)
         if retry_after is not None:
             wait = max(wait, min(retry_after, 60.0) * (1.0 + 0.1 * self.draw()))
-        self._in_flight, self._full, self._not_before = None, True, now + wait
+        self._in_flight, self._full, self._not_before = None, self._full or not renewal, now + wait
+        if renewal:
+            self._next_beat = self._not_before
 
     def gone(self) -> None:
         """The object is not there any more, or is another one: register again at once, with everything."""

@@ -105,6 +105,11 @@ class LivenessTracker:
         track.beats = 1 if track.state is Liveness.LOST else min(track.beats + 1, 2)
         return self._move(node, Liveness.OFFLINE if stopped else Liveness.FRESH, now)
 
+    def rebase(self, node: str, token: str) -> None:
+        """The token reads differently without any sign of life, because more of it is known now."""
+        if (track := self._tracks.get(node)) is not None:
+            track.token = token
+
     def forget(self, node: str) -> None:
         """The object is gone."""
         self._tracks.pop(node, None)

@@ -23,10 +23,16 @@ class Pulse:
     silent_for: float
 
 
-def token_of(node: GPUNode) -> str:
-    """The liveness token; empty until the agent has beaten once."""
+def token_of(node: GPUNode, renewed: str = "") -> str:
+    """The liveness token; empty until the agent has beaten once.
+
+    `renewed` is the time of its Lease as the API server holds it. It counts in lease mode only, and beside the status: either is
+    a sign of life, so a change of mode loses none.
+    """
     beat, agent = node.status.heartbeat, node.status.agent
-    return f"{agent.boot_id}:{beat.sequence}" if agent.boot_id else ""
+    if not agent.boot_id:
+        return ""
+    return f"{agent.boot_id}:{beat.sequence}:{renewed}" if beat.mode == "lease" else f"{agent.boot_id}:{beat.sequence}"
 
 
 def recorded(node: GPUNode) -> Liveness:
