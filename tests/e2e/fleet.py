@@ -258,14 +258,16 @@ def chart_values(directory: Path, operator_image: str, agent_image: str) -> Path
 
 
 def _load(machine: Machine, image: str, nodes: list[str]) -> None:
-    """Brings an image to the nodes that lack it."""
+    """Brings an image to the nodes that lack it, and takes away its predecessors."""
     name = f"docker.io/{image}"
     missing = []
     for node in nodes:
-        listed = subprocess.check_output(
-            ["docker", "exec", node, "ctr", "-n", "k8s.io", "images", "ls", "-q"], text=True, timeout=30
-        )
-        if name not in listed.split():
+        containerd = ["docker", "exec", node, "ctr", "-n", "k8s.io", "images"]
+        present = subprocess.check_output([*containerd, "ls", "-q"], text=True, timeout=30).split()
+        older = [other for other in present if other.split(":")[0] == name.split(":")[0] and other != name]
+        if older:
+            subprocess.run([*containerd, "rm", *older], check=True, capture_output=True, timeout=60)
+        if name not in present:
             missing.append(node)
     if missing:
         command = [str(machine.program("kind")), "load", "docker-image", image, "--name", NAME, "--nodes", ",".join(missing)]
@@ -296,11 +298,11 @@ def running_fleet(machine: Machine, operator_image: str, agent_image: str) -> It
         require_own_context(kubeconfig)
         for node in fleet.workers:
             fleet.unpause(node)
-        _load(machine, operator_image, [f"{NAME}-control-plane"])
-        _load(machine, agent_image, fleet.workers)
         fleet.kubectl("wait", "--for=condition=Ready", "nodes", "--all", "--timeout=120s", timeout=130)
         if keep:
             clean(fleet)
+        _load(machine, operator_image, [f"{NAME}-control-plane"])
+        _load(machine, agent_image, fleet.workers)
         yield fleet
     finally:
         if not keep:
