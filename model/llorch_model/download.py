@@ -1,4 +1,4 @@
-"""Downloads one file over https into a `.partial`, and goes on where it was cut, in this process or the next."""
+"""Downloads one file into a `.partial`, and goes on where it was cut, in this process or the next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 import aiohttp
 
 from .core.errors import DigestMismatch, ModelError, ModelNotAvailable
-from .https import RANGE_NOT_SATISFIABLE, RemoteFile, Timeouts, get, range_start, remote_file, shown
+from .https import RANGE_NOT_SATISFIABLE, RemoteFile, Target, Timeouts, get, range_start, remote_file
 from .model_directory import no_disk
 from .progress import Progress
 
@@ -131,7 +131,7 @@ async def open_partial(path: Path, *, hashed: bool) -> AsyncIterator[Partial]:
 
 async def download(
     session: aiohttp.ClientSession,
-    url: str,
+    target: Target,
     expected: RemoteFile,
     partial: Partial,
     *,
@@ -150,9 +150,9 @@ async def download(
     while not (expected.size_bytes and partial.size == expected.size_bytes):
         before = partial.size
         try:
-            if await _attempt(session, url, expected, partial, settings.timeouts, progress, bool(sha256)):
+            if await _attempt(session, target, expected, partial, settings.timeouts, progress, bool(sha256)):
                 break
-            raise ModelNotAvailable(f"{shown(url)}: the file ended early", retryable=True)
+            raise ModelNotAvailable(f"{target.name}: the file ended early", retryable=True)
         except ModelError as error:
             if not error.retryable:
                 raise
@@ -165,9 +165,9 @@ async def download(
         await in_thread(partial.clear)
         if resumed:
             # The part that an earlier process left may be of an older file: once more, from the beginning.
-            await download(session, url, expected, partial, sha256=sha256, settings=settings, progress=progress, rng=rng)
+            await download(session, target, expected, partial, sha256=sha256, settings=settings, progress=progress, rng=rng)
             return
-        raise DigestMismatch(f"{shown(url)}: sha256 is {actual}, expected {sha256}")
+        raise DigestMismatch(f"{target.name}: sha256 is {actual}, expected {sha256}")
     try:
         await in_thread(os.fsync, partial.descriptor)
     except OSError as error:
@@ -176,7 +176,7 @@ async def download(
 
 async def _attempt(
     session: aiohttp.ClientSession,
-    url: str,
+    target: Target,
     expected: RemoteFile,
     partial: Partial,
     timeouts: Timeouts,
@@ -192,21 +192,23 @@ async def _attempt(
         headers["Range"] = f"bytes={partial.size}-"
         if expected.validator:
             headers["If-Range"] = expected.validator
-    async with get(session, url, headers, timeouts) as response:
+    async with get(session, target, headers, timeouts) as response:
         if response.status == RANGE_NOT_SATISFIABLE:
             await in_thread(partial.clear)
             return False
-        _check_same(url, expected, remote_file(response), verified)
+        _check_same(target, expected, remote_file(response), verified)
         start = range_start(response)
         if start != partial.size:
             if start != 0:
-                raise ModelNotAvailable(f"{shown(url)}: the server answers another range than it was asked for")
+                raise ModelNotAvailable(f"{target.name}: the server answers another range than it was asked for")
             await in_thread(partial.clear)
-        await _receive(response, url, expected.size_bytes, partial, progress)
+        await _receive(response, target, expected.size_bytes, partial, progress)
     return partial.size == expected.size_bytes if expected.size_bytes else True
 
 
-async def _receive(response: aiohttp.ClientResponse, url: str, size_bytes: int, partial: Partial, progress: Progress) -> None:
+async def _receive(
+    response: aiohttp.ClientResponse, target: Target, size_bytes: int, partial: Partial, progress: Progress
+) -> None:
     buffer = bytearray()
 
     async def flush() -> None:
@@ -221,7 +223,7 @@ async def _receive(response: aiohttp.ClientResponse, url: str, size_bytes: int, 
             buffer += data
             if size_bytes and partial.size + len(buffer) > size_bytes:
                 buffer.clear()
-                raise ModelNotAvailable(f"{shown(url)}: the server sends more than the {size_bytes:,} bytes it announced")
+                raise ModelNotAvailable(f"{target.name}: the server sends more than the {size_bytes:,} bytes it announced")
             if len(buffer) >= FLUSH_BYTES:
                 await flush()
     finally:
@@ -229,14 +231,14 @@ async def _receive(response: aiohttp.ClientResponse, url: str, size_bytes: int, 
             await flush()
 
 
-def _check_same(url: str, expected: RemoteFile, found: RemoteFile, verified: bool) -> None:
+def _check_same(target: Target, expected: RemoteFile, found: RemoteFile, verified: bool) -> None:
     """Raises when the file is not the one that was inspected. With a sha256 to come, mirrors may differ in their ETags."""
     if expected.size_bytes and found.size_bytes and expected.size_bytes != found.size_bytes:
         sizes = f"it had {expected.size_bytes:,} bytes, it has {found.size_bytes:,}"
-        raise DigestMismatch(f"{shown(url)}: the file changed while it was fetched: {sizes}")
+        raise DigestMismatch(f"{target.name}: the file changed while it was fetched: {sizes}")
     if not verified and expected.etag and found.etag and expected.etag != found.etag:
         etags = f"its ETag was {expected.etag}, it is {found.etag}"
-        raise DigestMismatch(f"{shown(url)}: the file changed while it was fetched: {etags}"[:400])
+        raise DigestMismatch(f"{target.name}: the file changed while it was fetched: {etags}"[:400])
 
 
 def _lock(descriptor: int) -> bool:

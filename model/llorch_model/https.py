@@ -1,16 +1,18 @@
-"""GET over https with bounded redirects, and what can go wrong with it in one line each."""
+"""GET of a source's file with bounded redirects, and what can go wrong with it in one line each."""
 
 from __future__ import annotations
 
+import re
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from yarl import URL
 
 from .core.errors import ModelError, ModelNotAvailable, UnsupportedSource
+from .guard import Guard, PrivateAddress, proxy_hosts
 
 MAX_REDIRECTS = 5
 READ_BUFFER_BYTES = 1 << 20
@@ -18,6 +20,9 @@ MAX_RETRY_AFTER_SECONDS = 60.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 RANGE_NOT_SATISFIABLE = 416
+MAX_ERROR_BYTES = 4096
+_S3_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
+OPEN = Guard(allow_private=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +53,48 @@ class RemoteFile:
         return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file on a server, and how to ask for it."""
+
+    url: URL
+    name: str
+    """What messages call it."""
+    authorize: Callable[[URL], Mapping[str, str]] | None = field(default=None, repr=False)
+    """Headers that open it. They go to the origin of `url` and nowhere else."""
+    plain: bool = False
+    """True where `url` may be http: the node's administrator named that endpoint, no pool did."""
+    guard: Guard = OPEN
+    hint: str = ""
+    """Added to a message about refused access."""
+
+    def headers(self, url: URL) -> Mapping[str, str]:
+        """For a request to `url`, which may be where a redirect led to."""
+        return self.authorize(url) if self.authorize is not None and url.origin() == self.url.origin() else {}
+
+    def check(self, url: URL) -> None:
+        """Raises UnsupportedSource for an address that may not be asked."""
+        try:
+            self.guard.check(url)
+        except PrivateAddress as error:
+            raise UnsupportedSource(f"{shown(url)}: {error}") from None
+
+
 def tls_context() -> ssl.SSLContext:
     """Trusts the system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR where set."""
     return ssl.create_default_context()
 
 
-def open_session(context: ssl.SSLContext | None = None) -> aiohttp.ClientSession:
-    """A session for `inspect_https` and `fetch`; close it. Honours HTTPS_PROXY and NO_PROXY."""
-    connector = aiohttp.TCPConnector(ssl=context or tls_context(), limit_per_host=8)
+def open_session(
+    context: ssl.SSLContext | None = None, *, allow_private: bool = True, trusted: frozenset[str] = frozenset()
+) -> aiohttp.ClientSession:
+    """A session for `inspect_https` and `fetch`; close it. Honours HTTPS_PROXY and NO_PROXY.
+
+    Without `allow_private` it connects to public addresses, to `trusted` hosts and to the environment's proxies only.
+    """
+    guard = Guard(allow_private=allow_private, trusted=trusted | proxy_hosts())
+    resolver = None if allow_private else guard.resolver()
+    connector = aiohttp.TCPConnector(ssl=context or tls_context(), limit_per_host=8, resolver=resolver)
     return aiohttp.ClientSession(connector=connector, trust_env=True)
 
 
@@ -67,31 +106,45 @@ def shown(url: str | URL) -> str:
 
 @asynccontextmanager
 async def get(
-    session: aiohttp.ClientSession, url: str | URL, headers: Mapping[str, str], timeouts: Timeouts
+    session: aiohttp.ClientSession, target: Target, headers: Mapping[str, str], timeouts: Timeouts, at: URL | None = None
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """The answer to a GET, with status 200, 206 or 416; anything else, and trouble while reading, is raised as ModelError."""
+    """The answer to a GET, with status 200, 206 or 416; anything else, and trouble while reading, is raised as ModelError.
+
+    `at` is where an earlier redirect led to.
+    """
     limits = aiohttp.ClientTimeout(
         total=None, connect=timeouts.connect + timeouts.read, sock_connect=timeouts.connect, sock_read=timeouts.read
     )
     sent = {"Accept-Encoding": "identity", **headers}
-    target = URL(url)
+    url = at or target.url
     try:
         for _ in range(MAX_REDIRECTS + 1):
+            target.check(url)
             response = await session.get(
-                target, headers=sent, timeout=limits, allow_redirects=False, read_bufsize=READ_BUFFER_BYTES
+                url,
+                headers={**sent, **target.headers(url)},
+                timeout=limits,
+                allow_redirects=False,
+                read_bufsize=READ_BUFFER_BYTES,
             )
             try:
                 if response.status in _REDIRECTS:
-                    target = _redirected(target, response.headers.get("Location", ""))
+                    if region := response.headers.get("x-amz-bucket-region", ""):
+                        raise ModelNotAvailable(f"{_where(target, url)}: the bucket is in {region[:32]}: set AWS_REGION")
+                    url = _redirected(target, url, response.headers.get("Location", ""))
                     continue
-                _check(target, response)
+                await _check(target, url, response)
                 yield response
                 return
             finally:
                 response.close()
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise _typed(target, error, timeouts) from error
-    raise ModelNotAvailable(f"{shown(url)}: more than {MAX_REDIRECTS} redirects")
+        raise _typed(_where(target, url), url, error, timeouts) from error
+    raise ModelNotAvailable(f"{target.name}: more than {MAX_REDIRECTS} redirects")
+
+
+def _where(target: Target, url: URL) -> str:
+    return target.name if url == target.url else shown(url)
 
 
 def remote_file(response: aiohttp.ClientResponse) -> RemoteFile:
@@ -114,29 +167,34 @@ def range_start(response: aiohttp.ClientResponse) -> int:
     return int(first) if unit == "bytes" and first.isascii() and first.isdigit() else -1
 
 
-def _redirected(current: URL, location: str) -> URL:
+def _redirected(target: Target, current: URL, location: str) -> URL:
+    where = _where(target, current)
     if not location:
-        raise ModelNotAvailable(f"{shown(current)}: a redirect that leads nowhere")
+        raise ModelNotAvailable(f"{where}: a redirect that leads nowhere")
     try:
         # Signed URLs must arrive exactly as they were sent.
-        target = current.join(URL(location, encoded=location.isascii()))
-        shown(target)
+        found = current.join(URL(location, encoded=location.isascii()))
+        shown(found)
     except ValueError:
-        raise ModelNotAvailable(f"{shown(current)}: a redirect to something that is no URL") from None
-    if target.scheme != "https" or not target.host:
-        raise UnsupportedSource(f"{shown(current)}: redirects to {target.scheme}://{target.host or ''}, only https is followed")
-    return target
+        raise ModelNotAvailable(f"{where}: a redirect to something that is no URL") from None
+    at_home = target.plain and found.scheme == "http" and found.host is not None and found.origin() == target.url.origin()
+    if (found.scheme != "https" and not at_home) or not found.host:
+        raise UnsupportedSource(f"{where}: redirects to {found.scheme}://{found.host or ''}, only https is followed")
+    return found
 
 
-def _check(target: URL, response: aiohttp.ClientResponse) -> None:
-    status, where = response.status, shown(target)
+async def _check(target: Target, url: URL, response: aiohttp.ClientResponse) -> None:
+    status, where = response.status, _where(target, url)
     if status in (200, 206, RANGE_NOT_SATISFIABLE):
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise ModelNotAvailable(f"{where}: the server compresses the file, which hides its size")
         return
     answered = f"{status} {response.reason or ''}".strip()
+    if match := _S3_CODE.search(await response.content.read(MAX_ERROR_BYTES)):
+        answered = f"{status} {match[1].decode()}"
     if status in (401, 403):
-        raise ModelNotAvailable(f"{where}: the server refuses access ({answered})")
+        hint = f"; {target.hint}" if target.hint else ""
+        raise ModelNotAvailable(f"{where}: the server refuses access ({answered}){hint}")
     if status in (404, 410):
         raise ModelNotAvailable(f"{where}: not found ({answered})")
     raise ModelNotAvailable(
@@ -149,14 +207,15 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     return min(float(value), MAX_RETRY_AFTER_SECONDS) if value.isascii() and value.isdigit() and len(value) < 6 else None
 
 
-def _typed(target: URL, error: Exception, timeouts: Timeouts) -> ModelError:
-    where = shown(target)
+def _typed(where: str, url: URL, error: Exception, timeouts: Timeouts) -> ModelError:
     match error:
         case aiohttp.ClientConnectorCertificateError():
             reason = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
             return ModelNotAvailable(f"{where}: its certificate is not trusted: {reason} (SSL_CERT_FILE names other authorities)")
+        case aiohttp.ClientConnectorError() if isinstance(error.os_error, PrivateAddress):
+            return UnsupportedSource(f"{where}: {error.os_error}")
         case aiohttp.ClientConnectorDNSError():
-            return ModelNotAvailable(f"{where}: no such host: {target.host}", retryable=True)
+            return ModelNotAvailable(f"{where}: no such host: {url.host}", retryable=True)
         case aiohttp.ConnectionTimeoutError():
             return ModelNotAvailable(f"{where}: no connection within {timeouts.connect:g} s", retryable=True)
         case TimeoutError():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from .core.errors import BadModel, DigestMismatch, ModelNotAvailable
 from .core.gguf import GGUFError, Header, HeaderParser
 from .core.identity import normal_sha256, sha256_digest
 from .core.source import FileSource
+from .core.split import joined, part_paths, split_digest
 from .inspected import Inspected, check_complete, usable_shape
 from .progress import Progress
 
@@ -32,33 +34,36 @@ class FileIdentity(NamedTuple):
 
 
 class FileHashes:
-    """The sha256 of files, computed once per content and process."""
+    """The sha256 of files, computed once per content and process; that of several is the one of their contents in a row."""
 
     def __init__(self) -> None:
-        self._known: dict[FileIdentity, str] = {}
-        self._running: dict[FileIdentity, asyncio.Lock] = {}
+        self._known: dict[tuple[FileIdentity, ...], str] = {}
+        self._running: dict[tuple[FileIdentity, ...], asyncio.Lock] = {}
 
     def remember(self, path: Path, sha256: str) -> None:
         """Takes over a hash that was computed while the file was written."""
-        self._known[identify(path)] = sha256
-        while len(self._known) > MAX_REMEMBERED_HASHES:
-            del self._known[next(iter(self._known))]
+        self._keep((identify(path),), sha256)
 
-    async def sha256(self, path: Path, progress: Progress | None = None) -> str:
-        """64 hex digits. Raises ModelNotAvailable when the file cannot be read or changes meanwhile."""
-        identity = identify(path)
+    async def sha256(self, *paths: Path, progress: Progress | None = None) -> str:
+        """64 hex digits. Raises ModelNotAvailable when a file cannot be read or changes meanwhile."""
+        identity = tuple(map(identify, paths))
         lock = self._running.setdefault(identity, asyncio.Lock())
         try:
             async with lock:
                 if identity not in self._known:
-                    value = await _hash(path, identity, progress)
-                    if identify(path) != identity:
-                        raise ModelNotAvailable(f"{path}: the file changed while it was read", retryable=True)
-                    self.remember(path, value)
+                    value = await _hash(paths, sum(each.size_bytes for each in identity), progress)
+                    if tuple(map(identify, paths)) != identity:
+                        raise ModelNotAvailable(f"{paths[0]}: the file changed while it was read", retryable=True)
+                    self._keep(identity, value)
                 return self._known[identity]
         finally:
             if not lock.locked():
                 self._running.pop(identity, None)
+
+    def _keep(self, identity: tuple[FileIdentity, ...], sha256: str) -> None:
+        self._known[identity] = sha256
+        while len(self._known) > MAX_REMEMBERED_HASHES:
+            del self._known[next(iter(self._known))]
 
 
 HASHES = FileHashes()
@@ -70,21 +75,35 @@ async def inspect_file(
 ) -> Inspected:
     """Header, shape and identity of the GGUF at `path`. Raises ModelError.
 
-    With `sha256` the whole file is read and compared (`progress` is told how far), and that is its digest. Without, the digest
-    is a hash over the size, the start and samples spread over the file: the same for copies on several nodes, and cheap.
+    For a split model `path` names the first part, and all parts count. With `sha256` the whole is read and compared (`progress`
+    is told how far), and that is its digest; of a split model it is that of the parts in a row. Without, the digest is a hash
+    over the size, the start and samples spread over the file: the same for copies on several nodes, and cheap.
     """
     stated = normal_sha256(sha256)
     file = Path(path)
-    header, size = await asyncio.to_thread(read_header, file)
+    try:
+        paths = [Path(each) for each in part_paths(str(file))]
+    except GGUFError as error:
+        raise BadModel(f"{file}: {error}") from error
+    header, size = await asyncio.to_thread(read_headers, paths)
     shape = usable_shape(str(file), header)
     if stated:
-        actual = await hashes.sha256(file, progress)
+        actual = await hashes.sha256(*paths, progress=progress)
         if actual != stated:
             raise DigestMismatch(f"{file}: sha256 is {actual}, expected {stated}")
         digest = sha256_digest(actual)
     else:
-        digest = await asyncio.to_thread(sample_digest, file)
+        digest = split_digest([await asyncio.to_thread(sample_digest, each) for each in paths], size)
     return Inspected(str(FileSource(str(file))), digest, size, header, shape)
+
+
+def read_headers(paths: Sequence[Path], where: str = "") -> tuple[Header, int]:
+    """One header for all parts of a model, and their size in all. `where` is its name in messages. Raises ModelError. Blocks."""
+    found = [read_header(path) for path in paths]
+    try:
+        return joined([header for header, _ in found]), sum(size for _, size in found)
+    except GGUFError as error:
+        raise BadModel(f"{where or paths[0]}: {error}") from error
 
 
 def read_header(path: Path) -> tuple[Header, int]:
@@ -136,25 +155,28 @@ def sample_digest(path: Path) -> str:
     return f"sample:{digest.hexdigest()}"
 
 
-async def _hash(path: Path, identity: FileIdentity, progress: Progress | None) -> str:
-    digest, done = hashlib.sha256(), 0
+async def _hash(paths: Sequence[Path], size_bytes: int, progress: Progress | None) -> str:
+    digest, told = hashlib.sha256(), 0
 
-    def step() -> int:
+    def step(path: Path, position: int) -> int:
         with path.open("rb", buffering=0) as file:
-            file.seek(done)
+            file.seek(position)
             rest = HASH_STEP_BYTES
             while rest > 0 and (data := file.read(min(rest, READ_BYTES))):
                 digest.update(data)
                 rest -= len(data)
         return HASH_STEP_BYTES - rest
 
-    try:
-        while read := await asyncio.to_thread(step):
-            done += read
-            if progress is not None:
-                progress(min(done, identity.size_bytes), identity.size_bytes)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    for path in paths:
+        position = 0
+        try:
+            while read := await asyncio.to_thread(step, path, position):
+                position += read
+                told += read
+                if progress is not None:
+                    progress(min(told, size_bytes), size_bytes)
+        except OSError as error:
+            raise _unreadable(path, error) from error
     return digest.hexdigest()
 
 

@@ -320,8 +320,10 @@ def test_a_model_that_cannot_be_had_is_one_line_in_the_pools_status(home: Home) 
         "cut": ({}, f"file:{home.directory}/cut.gguf", "Placed", "cut.gguf"),
         "text": ({}, f"file:{home.directory}/text.gguf", "Placed", "text.gguf"),
         "wrong": ({"sha256": "0" * 64}, f"file:{good}", "Available", "expected " + "0" * 64),
-        "later": ({}, "hf:org/repo", "Placed", "hf:"),
+        "offline": ({}, "hf:org/repo", "Placed", "hf:org/repo: HF_HUB_OFFLINE is set"),
+        "away": ({}, "s3://bucket/m.gguf", "Placed", "s3://bucket/m.gguf: cannot connect"),
     }
+    home.environment |= {"HF_HUB_OFFLINE": "1", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
     with home.running():
         until(lambda: "desk" in home.cli("get", "gpunodes", check=False).stdout)
         for name, (model, source, _, _) in cases.items():

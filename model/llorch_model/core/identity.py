@@ -11,6 +11,7 @@ import re
 
 from .errors import DigestMismatch
 from .source import Source, file_name
+from .split import PartName, part_name
 
 MAX_DIGEST_LENGTH = 80
 MODEL_SUFFIX = ".gguf"
@@ -43,10 +44,21 @@ def remote_digest(*, url: str, size_bytes: int, etag: str, last_modified: str) -
 
 def stored_name(source: Source, digest: str) -> str:
     """The file name of that content: readable, and different for different contents of the same source."""
-    stem = file_name(source).removesuffix(MODEL_SUFFIX)
+    plain = file_name(source)
+    part = part_name(plain)
+    stem = part.stem if part is not None else plain.removesuffix(MODEL_SUFFIX)
     kind, _, value = digest.partition(":")
     mark = value if kind == "sha256" else _hash(digest)[:32]
     return f"{stem}.{kind}-{mark}{MODEL_SUFFIX}"
+
+
+def stored_names(source: Source, digest: str, parts: int) -> tuple[str, ...]:
+    """The names of all its files, which tell an engine that they belong together where there are several."""
+    name = stored_name(source, digest)
+    if parts == 1:
+        return (name,)
+    first = PartName(name.removesuffix(MODEL_SUFFIX), 1, parts)
+    return tuple(first.of(number) for number in range(1, parts + 1))
 
 
 def _hash(*parts: str) -> str:
