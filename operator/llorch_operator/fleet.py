@@ -36,7 +36,7 @@ def _routine(old: GPUNode, new: GPUNode) -> bool:
 
     def essence(node: GPUNode) -> tuple[object, ...]:
         status = node.status
-        devices = {uuid: (d.health, d.vram_total_mib, d.foreign_mib // 512) for uuid, d in status.devices.items()}
+        devices = {uuid: (d.health, d.held_by, d.vram_total_mib, d.foreign_mib // 512) for uuid, d in status.devices.items()}
         replicas = {rid: (r.state, r.slots_total, r.revision, r.message, r.reserved_mib) for rid, r in status.replicas.items()}
         return (
             node.metadata.generation,
@@ -46,6 +46,7 @@ def _routine(old: GPUNode, new: GPUNode) -> bool:
             devices,
             replicas,
             frozenset(status.models),
+            status.measured,
         )
 
     return essence(old) == essence(new)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -14,13 +14,14 @@ import aiohttp
 
 from llorch_api import Condition, GPUNode, GPUPool
 from llorch_api.gpupool import HANDOFF_SOURCE
+from llorch_model.core.measured import merged
 from llorch_store import Key, NotFound, Store, StoreError
 from llorch_web.auth import Tokens
 
 from .assignments import AssignmentWriter
 from .core.deadlines import Deadlines
 from .core.liveness import Liveness, Transition
-from .core.nodes import conditions_of, phase_of, view_of
+from .core.nodes import conditions_of, phase_of, said_unmanaged, unmanaged, view_of
 from .core.placement import plan
 from .core.pools import Resolution, Seen, pool_names_without_pool
 from .core.revision import revision_of
@@ -207,6 +208,7 @@ class Reconciler:
         }
         resolutions: dict[PoolKey, Resolution] = {}
         pools: dict[PoolKey, PoolView] = {}
+        measured = merged([item.node.status.measured for item in seen.values()])
         wants: set[Want] = set()
         for key, pool in self._fleet.pools.items():
             if pool.spec.model.source == HANDOFF_SOURCE:
@@ -215,12 +217,18 @@ class Reconciler:
             wants.add(Want(pool.spec.model.source, pool.spec.model.sha256 or ""))
             resolutions[key], holders = resolver.resolve(pool, agents, now)
             if (model := resolutions[key].model) is not None:
-                pools[key] = self._pool_view(key, pool, revision_of(pool.spec, model), resolutions[key], holders)
+                pools[key] = self._pool_view(key, pool, revision_of(pool.spec, model), resolutions[key], holders, measured)
         resolver.keep(wants)
         return resolutions, pools
 
     def _pool_view(
-        self, key: PoolKey, pool: GPUPool, revision: str, resolution: Resolution, holders: frozenset[str] | None
+        self,
+        key: PoolKey,
+        pool: GPUPool,
+        revision: str,
+        resolution: Resolution,
+        holders: frozenset[str] | None,
+        measured: Mapping[str, int],
     ) -> PoolView:
         assert resolution.model is not None
         spec = pool.spec
@@ -240,6 +248,9 @@ class Reconciler:
             must_fetch=holders is None,
             present_on=holders,
             missing_because=f"MODEL_NOT_AVAILABLE: {spec.model.source} is not on this node",
+            stated_mib=spec.engine.vram_mib or 0,
+            fitted_mib=resolution.model.vram_mib,
+            measured=measured,
             unfit=self._deadlines.unfit(key, revision),
         )
 
@@ -261,6 +272,7 @@ class Reconciler:
             else:
                 self.writes += 1
                 self._fleet.observe_node(written)
+                self._tell_strangers(item.node)
 
     def _tell_transitions(self) -> None:
         moved, self._fleet.transitions = self._fleet.transitions, []
@@ -277,6 +289,17 @@ class Reconciler:
             self._events.emit(node, warning=True, reason=f"Node{after.name.capitalize()}", message=text)
         elif after is Liveness.FRESH and transition.before >= Liveness.OFFLINE:
             self._events.emit(node, warning=False, reason="NodeOnline", message=f"{transition.node} beats again")
+
+    def _tell_strangers(self, before: GPUNode) -> None:
+        """`before` is the node whose conditions were just written anew: what it said, and what its devices show."""
+        known, strangers = said_unmanaged(before), unmanaged(before)
+        if strangers and not known:
+            mib = ", ".join(f"{mib:,} MiB on {uuid}" for uuid, mib in strangers.items())
+            text = f"{before.metadata.name}: {mib} in use that no pod explains"
+            self._events.emit(before, warning=True, reason="UnmanagedMemory", message=text)
+        elif known and not strangers:
+            text = f"{before.metadata.name}: all device memory in use is explained again"
+            self._events.emit(before, warning=False, reason="MemoryExplained", message=text)
 
     def _next_wake(self, now: float, deferred: float | None) -> float | None:
         known = (self._deadlines.next_change(now), self._strays.next_change(now), self._fleet.again_at)

@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from llorch_api import AgentState, Condition, Desired, DeviceHealth, GPUNode, NodePhase, ReplicaOrigin, ReplicaState
+from llorch_api import (
+    AgentState,
+    Condition,
+    ConditionStatus,
+    Desired,
+    DeviceHealth,
+    GPUNode,
+    NodePhase,
+    ReplicaOrigin,
+    ReplicaState,
+)
 
 from .conditions import condition
 from .liveness import Liveness
 from .views import DeviceView, NodeView, PoolKey, ReplicaView
 
 _PHASE = {Liveness.LOST: NodePhase.LOST, Liveness.OFFLINE: NodePhase.OFFLINE, Liveness.SUSPECT: NodePhase.SUSPECT}
+
+
+UNMANAGED_MIB = 512
+"""Memory in use on a GPU that nobody accounts for is told of from here on; drivers and displays take less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +106,7 @@ def _device(uuid: str, node: GPUNode) -> DeviceView:
         total=device.vram_total_mib,
         free=device.vram_free_mib,
         foreign=device.foreign_mib,
+        held_by=device.held_by,
         healthy=device.health is not DeviceHealth.UNHEALTHY,
         compute_capability=capability,
     )
@@ -127,7 +142,7 @@ def handoff_replicas(node: GPUNode) -> dict[str, str]:
 
 
 def conditions_of(node: GPUNode, pulse: Pulse) -> list[Condition]:
-    """Ready, DevicesHealthy and Schedulable; times are merged in by the caller."""
+    """Ready, DevicesHealthy, MemoryExplained and Schedulable; times are merged in by the caller."""
     generation, phase = node.metadata.generation, phase_of(node, pulse)
     if phase in (NodePhase.OFFLINE, NodePhase.LOST):
         if node.status.agent.state is AgentState.STOPPED:
@@ -141,16 +156,43 @@ def conditions_of(node: GPUNode, pulse: Pulse) -> list[Condition]:
         ready = condition("Ready", False, "Registering", "no heartbeat yet", generation)
     else:
         ready = condition("Ready", True, "HeartbeatFresh", "the agent reports", generation)
-    sick = sorted(uuid for uuid, device in node.status.devices.items() if device.health is DeviceHealth.UNHEALTHY)
+    sick = [
+        f"{uuid}: {device.message}" if device.message else uuid
+        for uuid, device in sorted(node.status.devices.items())
+        if device.health is DeviceHealth.UNHEALTHY
+    ]
     if not node.status.devices:
         healthy = condition("DevicesHealthy", None, "NoDevices", "the agent has reported no device yet", generation)
     elif sick:
-        healthy = condition("DevicesHealthy", False, "DeviceUnhealthy", ", ".join(sick), generation)
+        healthy = condition("DevicesHealthy", False, "DeviceUnhealthy", "; ".join(sick), generation)
     else:
         healthy = condition("DevicesHealthy", True, "AllHealthy", f"{len(node.status.devices)} devices", generation)
     why_not = _why_not(node, phase)
     schedulable = condition("Schedulable", not why_not, "Schedulable" if not why_not else "NotSchedulable", why_not, generation)
-    return [ready, healthy, schedulable]
+    return [ready, healthy, _explained(node), schedulable]
+
+
+def unmanaged(node: GPUNode) -> dict[str, int]:
+    """MiB by device that neither llorch nor a known pod accounts for, where it is enough to matter."""
+    return {
+        uuid: device.foreign_mib
+        for uuid, device in sorted(node.status.devices.items())
+        if device.kind == "gpu" and not device.held_by and device.foreign_mib >= UNMANAGED_MIB
+    }
+
+
+def said_unmanaged(node: GPUNode) -> bool:
+    """True when its conditions name unmanaged memory already."""
+    return any(each.type == "MemoryExplained" and each.status is ConditionStatus.FALSE for each in node.status.conditions)
+
+
+def _explained(node: GPUNode) -> Condition:
+    """Names devices and no figures: those move with every beat."""
+    generation, strangers = node.metadata.generation, unmanaged(node)
+    if not strangers:
+        return condition("MemoryExplained", True, "AllExplained", "", generation)
+    text = f"no pod explains {UNMANAGED_MIB} MiB or more in use on {', '.join(strangers)}"
+    return condition("MemoryExplained", False, "UnmanagedMemory", text, generation)
 
 
 def is_serving(node: GPUNode, pulse: Pulse) -> bool:
