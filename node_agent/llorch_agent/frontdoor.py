@@ -35,6 +35,10 @@ MAX_BODY = 32 << 20
 MAX_ERROR_BODY = 1 << 20
 MAX_EMBEDDINGS = 256 << 20
 """Bytes of one batch of embeddings."""
+BODY_SECONDS = 60.0
+"""In which a request's body must have come."""
+STALL_SECONDS = 60.0
+"""How long a client may leave its stream unread once all buffers are full: until then it keeps a slot from others."""
 LAST_WORDS_SECONDS = 1.0
 """How long handlers may take to tell their clients that the agent stops."""
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -52,8 +56,13 @@ class FrontDoor:
         max_body: int = MAX_BODY,
         connect_timeout: float = 2.0,
         idle_timeout: float = 300.0,
+        body_timeout: float = BODY_SECONDS,
+        stall_timeout: float = STALL_SECONDS,
     ) -> None:
-        """`max_body` in bytes; `connect_timeout` and `idle_timeout` (silence of an engine) in seconds."""
+        """`max_body` in bytes; the time-outs in seconds: `idle_timeout` is silence of an engine, `body_timeout` and
+        `stall_timeout` are the client's, for sending its request and for taking its answer."""
+        self._body_timeout = body_timeout
+        self._stall_timeout = stall_timeout
         self._replicas = replicas
         self._max_body = max_body
         self._idle_timeout = idle_timeout
@@ -114,7 +123,7 @@ class FrontDoor:
 
     async def _answer(self, request: web.Request, replica: Replica, kind: Kind, outcome: Outcome) -> web.StreamResponse:
         self._leases.check(replica)  # a full engine refuses before the body is read
-        body = await read_body(request, self._max_body)
+        body = await self._body(request)
         model = request.headers.get(MODEL_HEADER, "")
         if not model.isascii():
             model = ""  # the gateway sends no such name; the one in the body holds
@@ -124,6 +133,23 @@ class FrontDoor:
             return await self._generate(request, replica, kind, generation(body, kind), model, outcome)
         except BadRequest as error:
             raise ApiError(400, str(error), code="invalid_request", param=error.param) from None
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                return await read_body(request, self._max_body)
+        except TimeoutError:
+            message = f"the request was not there within {self._body_timeout:g} s"
+            raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
+
+    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout):
+                await response.write(data)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError(f"the client took nothing for {self._stall_timeout:g} s") from None
 
     async def _generate(
         self, request: web.Request, replica: Replica, kind: Kind, asked: EngineRequest, model: str, outcome: Outcome
@@ -184,7 +210,7 @@ class FrontDoor:
                         response = web.StreamResponse(headers=SSE_HEADERS)
                         await response.prepare(request)
                         outcome.first_token()
-                    await response.write(b"".join(out))
+                    await self._write(request, response, b"".join(out))
             if not ended:
                 problem = _engine_failed(replica, BadEvent("the stream ended without [DONE]"))
         except (UpstreamError, EventTooLong) as error:
@@ -193,7 +219,7 @@ class FrontDoor:
             problem = error
         if response is None:
             raise problem or _engine_failed(replica, BadEvent("the stream was empty"))
-        await response.write(b"data: [DONE]\n\n" if problem is None else b"data: " + problem.body() + b"\n\n")
+        await self._write(request, response, b"data: [DONE]\n\n" if problem is None else b"data: " + problem.body() + b"\n\n")
         await response.write_eof()
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -48,6 +49,8 @@ _ANY = msgspec.json.Decoder()
 _ENCODER = msgspec.json.Encoder()
 _TRUE = msgspec.Raw(b"true")
 _MAX_WIDTH = 256
+_ARRAY = re.compile(rb"\s*\[\s*(.)", re.DOTALL)
+"""The beginning of an array, and of its first element."""
 
 
 def generation(body: bytes, kind: Kind) -> EngineRequest:
@@ -159,8 +162,10 @@ def _count(fields: Fields, name: str) -> int:
 def _prompts(fields: Fields) -> int:
     """How many prompts a completion has: an array of strings or of arrays is several, one with numbers in it is one."""
     raw = fields.get("prompt")
-    if raw is None or bytes(raw).lstrip()[:1] != b"[":
+    if raw is None or not (match := _ARRAY.match(memoryview(raw))):
         return 1
+    if match[1] in b"-0123456789":
+        return 1  # tokens, perhaps a million of them: looking at each would hold up everybody else's streams
     value = _value(fields, "prompt")
     if any(isinstance(each, int) for each in value):
         return 1
