@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the engine, llama-server, from the llama.cpp sources that the llama-cpp-python sdist carries, as one static
 # binary: $LLORCH_ENGINE_CACHE/<version>/llama-server. Prints that path as its last line; a second run only prints it.
+# Beside it goes llama-fit-params, which tells the memory need of models whose header does not.
 #
 #   LLORCH_ENGINE_VERSION   version of llama-cpp-python, default 0.3.36
 #   LLORCH_ENGINE_CACHE     where the binary goes, default ~/.cache/llorch/engine
@@ -70,13 +71,14 @@ cmake -S "$work/src/vendor/llama.cpp" -B "$work/build" -G Ninja -DCMAKE_BUILD_TY
     fail "cmake failed"
 }
 echo "build-engine: compiling llama-server (minutes; $jobs jobs)" >&2
-ninja -C "$work/build" -j "$jobs" llama-server >"$work/ninja.log" 2>&1 || {
+ninja -C "$work/build" -j "$jobs" llama-server llama-fit-params >"$work/ninja.log" 2>&1 || {
     tail -n 40 "$work/ninja.log" >&2
     fail "the build failed"
 }
 
-strip "$work/build/bin/llama-server" 2>/dev/null || true
+strip "$work/build/bin/llama-server" "$work/build/bin/llama-fit-params" 2>/dev/null || true
 "$work/build/bin/llama-server" --version >/dev/null 2>&1 || fail "the built llama-server does not run"
+mv "$work/build/bin/llama-fit-params" "$target/llama-fit-params"
 mv "$work/build/bin/llama-server" "$target/llama-server.new"
 mv "$target/llama-server.new" "$target/llama-server"
 echo "$target/llama-server"

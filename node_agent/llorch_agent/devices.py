@@ -9,10 +9,11 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from llorch_api import DeviceHealth
+from llorch_api import DeviceHealth, ReplicaState
 
 from .core.readings import CPU_UUID, DeviceReading
 from .core.vram import Attribution, Shares, Tenant
+from .measured import Measurements
 from .replicas import Replicas
 from .system import KERNEL, Roots, process_memory, read_memory
 
@@ -94,7 +95,11 @@ class FirstOf:
 class Devices:
     """The newest readings, shared out between this node's replicas and everybody else."""
 
-    def __init__(self, source: DeviceSource, replicas: Replicas, *, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, source: DeviceSource, replicas: Replicas, *, changed: Callable[[], None], memory: Measurements | None = None
+    ) -> None:
+        """`memory` is told what ready engines take."""
+        self._memory = memory
         self._source = source
         self._replicas = replicas
         self._changed = changed
@@ -115,6 +120,8 @@ class Devices:
             self.shares = self._attribution.split(self.readings, [self._tenant(replica_id) for replica_id in self._ids()])
             for replica in self._replicas:
                 replica.vram_mib = sum(self.shares.used.get(replica.id, {}).values())
+            if self._memory is not None:
+                await self._memory.note(self._taken())
         self._changed()
 
     async def run(self, interval_s: float) -> None:
@@ -133,6 +140,15 @@ class Devices:
     async def close(self) -> None:
         """Lets go of the driver."""
         await self._source.close()
+
+    def _taken(self) -> dict[str, int]:
+        """MiB by measurement key of the engines that are ready and whose devices all answer."""
+        well = {each.uuid for each in self.readings if each.health is not DeviceHealth.UNHEALTHY}
+        taken: dict[str, int] = {}
+        for replica in self._replicas:
+            if replica.memory_key and replica.state is ReplicaState.READY and replica.devices.keys() <= well and replica.vram_mib:
+                taken[replica.memory_key] = max(replica.vram_mib, taken.get(replica.memory_key, 0))
+        return taken
 
     def _ids(self) -> list[str]:
         return [replica.id for replica in self._replicas if replica.pid or replica.devices]

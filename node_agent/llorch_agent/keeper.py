@@ -142,6 +142,7 @@ class Keeper:
                 model=launch.digest or launch.model_path,
                 slots=SlotTable(launch.slots),
                 devices=dict(launch.devices),
+                memory_key=launch.memory_key,
             )
         )
         record = Record()

@@ -36,6 +36,8 @@ class Replica:
     vram_mib: int = 0
     """Memory measured on its devices, MiB; 0 while unknown."""
     pid: int = 0
+    memory_key: str = ""
+    """Under which the memory that it takes is remembered."""
 
     @property
     def serving(self) -> bool:

@@ -57,6 +57,8 @@ class MemorySettings:
     """False when switched off: attention scores are then kept for every head."""
     cache_ram_mib: int = 0
     """Host memory for prompt caches that --cache-ram allows; 0 where it is not given."""
+    kv_cache_type: str = "f16"
+    """Of the keys; an assignment's are the same for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def memory_settings(arguments: Sequence[str]) -> MemorySettings:
     the need then stays that of all experts on the devices, which is more than is used.
     """
     batch, ubatch, cache_ram = DEFAULT_BATCH, DEFAULT_UBATCH, 0
-    swa_full, flash_attention = False, True
+    swa_full, flash_attention, kv_cache_type = False, True, "f16"
     for position, argument in enumerate(arguments):
         flag, _, joined = argument.partition("=")
         value = joined or (arguments[position + 1] if position + 1 < len(arguments) else "")
@@ -189,11 +191,14 @@ def memory_settings(arguments: Sequence[str]) -> MemorySettings:
             batch = _count(value, batch)
         elif flag in ("--cache-ram", "-cram"):
             cache_ram = _count(value, cache_ram)
+        elif flag in ("--cache-type-k", "-ctk"):
+            kv_cache_type = value
         elif flag == "--swa-full":
             swa_full = True
         elif flag in ("--flash-attn", "-fa"):
             flash_attention = value.lower() not in ("off", "false", "disabled", "0")
-    return MemorySettings(max(1, min(ubatch, batch)) if ubatch else batch, swa_full, flash_attention, cache_ram)
+    least = max(1, min(ubatch, batch)) if ubatch else batch
+    return MemorySettings(least, swa_full, flash_attention, cache_ram, kv_cache_type)
 
 
 def _compute_bytes(shape: ModelShape, batch: int, per_slot: int, flash_attention: bool, devices: int) -> int:

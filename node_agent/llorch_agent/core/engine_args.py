@@ -64,9 +64,10 @@ def command_line(launch: Launch, port: int, supported: frozenset[str], cache_ram
         # Fewer, and a full engine does not answer /health in time.
         *("--threads-http", str(launch.slots + 16)),
     ]
-    gpus = [mib for uuid, mib in launch.devices if not uuid.startswith(CPU_DEVICE)]
+    gpus = [mib for _, mib in launch.gpus]
     if len(gpus) > 1:
-        arguments += ["--tensor-split", ",".join(str(max(1, mib)) for mib in gpus)]
+        split = launch.tensor_split if len(launch.tensor_split) == len(gpus) else gpus
+        arguments += ["--tensor-split", ",".join(str(max(1, mib)) for mib in split)]
     if "--cache-ram" in supported and "--cache-ram" not in own:
         arguments += ["--cache-ram", str(cache_ram_mib)]
     if "--fit" in supported:

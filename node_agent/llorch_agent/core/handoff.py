@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llorch_api import Assignment, ReplicaOrigin
+from llorch_model.core.measured import measurement_key
+from llorch_model.core.vram import estimate, memory_settings, tensor_split
 
-from .engine_args import refused_by_agent
+from .engine_args import CPU_DEVICE, refused_by_agent
 
 MAX_BYTES = 64 * 1024
 """Larger files are not read: a handoff has a few hundred bytes."""
@@ -73,6 +75,8 @@ class Launch:
     engine_args: tuple[str, ...] = ()
     devices: tuple[tuple[str, int], ...] = ()
     """(UUID, MiB promised on it), in the order that the engine is to see them; empty leaves the choice to the engine."""
+    tensor_split: tuple[int, ...] = ()
+    """How weights and KV cache go over the GPUs of `devices`; empty: as the memory promised on each."""
     device_mask: str = ""
     """CUDA_VISIBLE_DEVICES as a person wrote it; used where `devices` is empty."""
     namespace: str = ""
@@ -83,6 +87,24 @@ class Launch:
     def id(self) -> str:
         """The replica's id on this node; an assigned one keeps the operator's, which is unique everywhere."""
         return self.replica if self.origin is ReplicaOrigin.ASSIGNED else local_id(self.pool, self.replica)
+
+    @property
+    def gpus(self) -> tuple[tuple[str, int], ...]:
+        """`devices` without the machine's own memory."""
+        return tuple(each for each in self.devices if not each[0].startswith(CPU_DEVICE))
+
+    @property
+    def memory_key(self) -> str:
+        """Under which what it takes on its GPUs is remembered; empty where nobody could compare it with another engine."""
+        if not self.digest or not self.gpus:
+            return ""
+        return measurement_key(
+            self.digest,
+            slots=self.slots,
+            context_tokens=self.context_tokens,
+            engine_args=self.engine_args,
+            devices=len(self.gpus),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +161,7 @@ class _Document(BaseModel):
     context_tokens: Annotated[int, Field(ge=1, le=1 << 22)] = DEFAULT_CONTEXT_TOKENS
     engine_args: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=80)] = []
     devices: Annotated[dict[Annotated[str, Field(max_length=96)], Annotated[int, Field(ge=0)]], Field(max_length=16)] = {}
+    tensor_split: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=16)] = []
     namespace: Annotated[str, Field(max_length=63)] = ""
     revision: Annotated[str, Field(max_length=64)] = ""
     drain_deadline_seconds: Annotated[int, Field(ge=0, le=86_400)] = DEFAULT_DRAIN_DEADLINE_S
@@ -224,6 +247,7 @@ def _launch(document: _Document) -> Entry:
         context_tokens=document.context_tokens,
         engine_args=tuple(document.engine_args),
         devices=tuple(document.devices.items()),
+        tensor_split=tuple(document.tensor_split),
         device_mask=mask,
         namespace=document.namespace,
         revision=document.revision,
@@ -251,7 +275,32 @@ def launch_document(replica_id: str, assignment: Assignment, model_path: str) ->
         "engine_args": list(assignment.engine_args),
         "drain_deadline_seconds": assignment.drain_deadline_seconds,
     }
+    if split := _tensor_split(assignment):
+        document["tensor_split"] = list(split)
     return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _tensor_split(assignment: Assignment) -> tuple[int, ...]:
+    """What each GPU's share holds of weights and KV cache, beside its own buffers; empty where that does not add up."""
+    shares = [device.vram_mib for uuid, device in assignment.devices.items() if not uuid.startswith(CPU_DEVICE)]
+    if len(shares) < 2:
+        return ()
+    settings = memory_settings(assignment.engine_args)
+    try:
+        need = estimate(
+            assignment.model.shape,
+            slots=assignment.slots,
+            context_tokens=assignment.context_tokens,
+            kv_cache_type=settings.kv_cache_type,
+            ubatch=settings.ubatch,
+            swa_full=settings.swa_full,
+            flash_attention=settings.flash_attention,
+            devices=len(shares),
+        )
+    except ValueError:
+        return ()
+    split = tensor_split(need, shares)
+    return split if all(split) else ()
 
 
 def same_engine(one: Entry, other: Entry) -> bool:
