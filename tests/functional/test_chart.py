@@ -201,3 +201,18 @@ def test_lease_mode_gives_agents_a_lease_of_their_own_and_no_other(helm: str) ->
     assert policy["matchConstraints"]["resourceRules"][0]["resources"] == ["leases"]
     assert one(documents, "ValidatingAdmissionPolicyBinding", "llorch-agent-own-lease")["spec"]["validationActions"] == ["Deny"]
     assert not [d for d in render(helm) if d["kind"] == "Role" and d["metadata"]["name"] == "llorch-agent"]
+
+
+def test_the_node_api_is_off_unless_asked_for_and_then_has_a_service_and_may_make_nodes(helm: str) -> None:
+    off = render(helm)
+    assert not [document for document in off if document["kind"] == "Service" and "operator" in document["metadata"]["name"]]
+    [role] = [d for d in off if d["kind"] == "ClusterRole" and d["metadata"]["name"] == "llorch-operator"]
+    assert not any({"create", "delete"} & set(rule["verbs"]) for rule in role["rules"] if rule["resources"] == ["gpunodes"])
+
+    on = render(helm, "--set", "operator.nodeApi.enabled=true", "--set", "operator.nodeApi.service.type=NodePort")
+    service = one(on, "Service", "llorch-operator")
+    assert (service["spec"]["type"], service["spec"]["ports"][0]["port"]) == ("NodePort", 8080)
+    variables = {item["name"]: item.get("value") for item in container(one(on, "Deployment", "llorch-operator"))["env"]}
+    assert variables["ORCHESTRATORD_CLOUD_PROFILE"] == "true"
+    [role] = [d for d in on if d["kind"] == "ClusterRole" and d["metadata"]["name"] == "llorch-operator"]
+    assert any({"create", "delete"} == set(rule["verbs"]) for rule in role["rules"] if rule["resources"] == ["gpunodes"])
