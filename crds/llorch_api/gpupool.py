@@ -47,7 +47,8 @@ class ModelSpec(ApiModel):
         Field(
             pattern=r"^[0-9a-f]{64}$",
             max_length=64,
-            description="Expected sha256 of the file, 64 hex digits. A file that differs is refused.",
+            description="Expected sha256 of the file, 64 hex digits; of a split model, of its parts in a row. "
+            "A file that differs is refused.",
         ),
     ] = None
     aliases: Annotated[
@@ -197,7 +198,9 @@ class ResolvedModel(ApiModel):
     """What the operator read of the model before it placed anything."""
 
     resolved: Annotated[str, Field(max_length=512, description="The source after redirects and revisions.")] = ""
-    digest: Annotated[str, Field(max_length=80, description="Identity of the content: sha256:…, etag:…, url:… or sample:….")] = ""
+    digest: Annotated[
+        str, Field(max_length=80, description="Identity of the content: sha256:…, etag:…, url:…, sample:… or split:….")
+    ] = ""
     size_mib: Annotated[Mebibytes, Field(description="Size of the file, MiB.")] = 0
     shape: Annotated[ModelShape, Field(description="Facts from its header.")] = ModelShape()
     vram_mib: Annotated[
@@ -224,6 +227,7 @@ class PoolReplica(ApiModel):
     node: Annotated[Bounded256, Field(description="Its node.")] = ""
     state: Annotated[ReplicaState, Field(description="Its state.")] = ReplicaState.PENDING
     since: Annotated[Timestamp, Field(description="When it entered the state, by the agent's clock.")] = ""
+    progress_percent: Annotated[int, Field(ge=0, le=100, description="Of the download while Fetching, in steps of 10.")] = 0
 
 
 class ConditionReason(StrEnum):

@@ -29,8 +29,8 @@ _OUTSTANDING: dict[Path, int] = {}
 """Bytes that each running download of this process will have taken in the end, by its partial file."""
 
 
-def _unused(_: StoredModel) -> bool:
-    return False
+def _nothing() -> frozenset[str]:
+    return frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,21 @@ class CachePolicy:
 
     limit_mib: int = 0
     """0: no limit but the disk's head-room."""
-    in_use: Callable[[StoredModel], bool] = _unused
-    """True for a model that a replica of this node runs or is about to run."""
+    held: Callable[[], frozenset[str]] = _nothing
+    """Names what replicas of this node run or are about to run: digests, sources or paths."""
 
 
 UNLIMITED = CachePolicy()
+
+
+def is_held(stored: StoredModel, held: frozenset[str]) -> bool:
+    """True for a model that must stay."""
+    return not held.isdisjoint((stored.digest, stored.source, str(stored.path)))
+
+
+def held_first(directory: ModelDirectory, held: frozenset[str]) -> list[StoredModel]:
+    """All models: those in use, then those that were used last."""
+    return sorted(directory, key=lambda each: not is_held(each, held))
 
 
 @contextmanager
@@ -99,15 +109,15 @@ def _victims(directory: ModelDirectory, wanted_bytes: int, policy: CachePolicy) 
     victims: list[StoredModel] = []
     if wanted_bytes <= 0:
         return victims
-    stored = list(directory)
+    stored, held = list(directory), policy.held()
     for each in stored:
-        if policy.in_use(each):
+        if is_held(each, held):
             # Its last use is now, not when its replica was started.
             directory.use(each)
     for each in reversed(stored):
         if wanted_bytes <= 0:
             break
-        if not policy.in_use(each):
+        if not is_held(each, held):
             victims.append(each)
             wanted_bytes -= each.size_bytes
     return victims
@@ -132,14 +142,10 @@ async def _evict(directory: ModelDirectory, victims: list[StoredModel]) -> None:
         await asyncio.to_thread(_delete, renamed)
 
 
-def evictable_bytes(directory: ModelDirectory, policy: CachePolicy) -> int:
-    """What eviction could free."""
-    return sum(each.size_bytes for each in directory if not policy.in_use(each))
-
-
 def room_bytes(directory: ModelDirectory, free: int, policy: CachePolicy) -> int:
     """What a new model may take, with `free` bytes on the disk: eviction counts, and so does the limit."""
-    evictable = evictable_bytes(directory, policy)
+    held = policy.held()
+    evictable = sum(each.size_bytes for each in directory if not is_held(each, held))
     room = free + evictable
     if policy.limit_mib:
         room = min(room, max(0, policy.limit_mib * MIB - taken_bytes(directory.directory) + evictable))

@@ -9,6 +9,7 @@ import random
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +17,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from llorch_api import AgentState, AgentStatus, OwnerReference
-from llorch_model.model_directory import ModelDirectory
+from llorch_model.access import SourceAccess
 from llorch_store import Store
 from llorch_store.default import default_store
 from llorch_web.settings import StartError
@@ -32,9 +33,10 @@ from .frontdoor import LAST_WORDS_SECONDS, FrontDoor
 from .inspect_route import InspectRoute
 from .log_route import LogRoute
 from .metrics import AgentMetrics
+from .model_cache import ModelCache
 from .model_roots import ModelRoots
 from .node_facts import KnownNode, NodeFactsSource, StaticFacts
-from .pool_entries import PoolEntries
+from .pool_entries import PROGRESS_STEP, PoolEntries
 from .publisher import Publisher, timestamp
 from .replicas import Replicas
 from .settings import AgentSettings
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 
 READ_INTERVAL_S: Final = 10.0
 """Between two readings of devices, memory, disk and model files."""
+CLEAR_INTERVAL_S: Final = 3600.0
+"""Between two looks for what broken downloads left."""
 FACTS_INTERVAL_S: Final = 60.0
 """Between two looks at the Kubernetes Node: at 5,000 nodes that is 83 reads a second for all of them."""
 CALM_S: Final = 0.02
@@ -82,7 +86,9 @@ class Agent:
         )
         self.registry = CollectorRegistry()
         self._front_door = FrontDoor(self.replicas, node_id=settings.node_id, registry=self.registry)
-        self._inspect = InspectRoute(roots)
+        access = SourceAccess(settings.allow_private_sources, settings.hf_token_file)
+        self._inspect = InspectRoute(roots, access)
+        self._models = ModelCache(settings.models, handoffs, settings.model_cache_mib)
         self._logs = LogRoute(self._engines.logs, self.replicas)
         self._facts_source = facts or _facts_source(settings, in_cluster)
         self._lease = _lease(settings, in_cluster)
@@ -108,7 +114,10 @@ class Agent:
             roots=roots,
             draw=draw,
             gone=self._publisher.register_again,
+            access=access,
+            cache=self._models.policy,
         )
+        self._models.assigned = lambda: self._assignments.assigned
         self._known = KnownNode()
         self._system = SystemReading()
         self._stored: Sequence[ModelFile] = ()
@@ -226,9 +235,10 @@ class Agent:
                 self._tasks[name] = group.create_task(self._endless(name, work), name=name)
 
             part("engines", self._engines.run())
-            await asyncio.gather(self._devices.read(), self._read_facts(), self._read_system())
+            await asyncio.gather(self._devices.read(), self._read_facts(), self._read_system(), self._clear_models())
             part("devices", self._devices.run(READ_INTERVAL_S))
             part("system", self._every(READ_INTERVAL_S, self._read_system))
+            part("models", self._every(CLEAR_INTERVAL_S, self._clear_models))
             part("facts", self._every(FACTS_INTERVAL_S, self._read_facts))
             part("watch", self._watch_replicas())
             part("assignments", self._assignments.run())
@@ -254,7 +264,9 @@ class Agent:
         before: object = None
         version_ = self.replicas.version
         while True:
-            now = [(replica.id, replica.state, replica.pid) for replica in self.replicas]
+            now = [
+                (replica.id, replica.state, replica.pid, replica.progress_percent // PROGRESS_STEP) for replica in self.replicas
+            ]
             if now != before:
                 before = now
                 self._publisher.poke()
@@ -276,11 +288,14 @@ class Agent:
             self._publisher.register_again()
 
     async def _read_system(self) -> None:
-        self._system = await asyncio.to_thread(read_system, self.settings.models)
-        self._stored = await asyncio.to_thread(self._read_models)
+        def read() -> tuple[SystemReading, list[ModelFile]]:
+            system = read_system(self.settings.models)
+            return replace(system, disk_free=self._models.room_mib(system.disk_free)), self._models.files()
 
-    def _read_models(self) -> list[ModelFile]:
-        return [ModelFile(each.digest, each.source, each.size_mib) for each in ModelDirectory(self.settings.models)]
+        self._system, self._stored = await asyncio.to_thread(read)
+
+    async def _clear_models(self) -> None:
+        await asyncio.to_thread(self._models.clear)
 
     def _owner(self) -> OwnerReference | None:
         if not self._known.uid:

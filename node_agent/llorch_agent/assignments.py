@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from llorch_api import Assignment, GPUNode, ReplicaOrigin, ReplicaState
+from llorch_model.access import DEFAULT_ACCESS, SourceAccess
+from llorch_model.cache import UNLIMITED, CachePolicy
 from llorch_model.core.errors import ModelError
 from llorch_model.fetch import fetch
 from llorch_store import EventType, Forbidden, Store
@@ -23,6 +25,7 @@ from .core.handoff import MAX_BYTES, Launch, file_name, launch_document, parse
 from .core.snapshot import ModelFile
 from .handoff import write_atomically
 from .model_roots import ModelRoots
+from .pool_entries import PROGRESS_STEP
 from .replicas import Replica, Replicas
 
 log = logging.getLogger(__name__)
@@ -80,9 +83,13 @@ class Assignments:
         roots: ModelRoots,
         draw: random.Random,
         gone: Callable[[], None] = lambda: None,
+        access: SourceAccess = DEFAULT_ACCESS,
+        cache: CachePolicy = UNLIMITED,
     ) -> None:
         """`gone` is called when the GPUNode was deleted."""
         self._gone = gone
+        self._access = access
+        self._cache = cache
         self._store = store
         self._node = node
         self._replicas = replicas
@@ -97,6 +104,12 @@ class Assignments:
         self._wake = asyncio.Event()
         self._noting = asyncio.Lock()
         self._fetching = asyncio.Semaphore(FETCHES)
+
+    @property
+    def assigned(self) -> Sequence[Assignment]:
+        """What the node's spec asks for, as far as it is known. Safe in any thread."""
+        seen = self._seen
+        return tuple(seen[1].values()) if seen is not None else ()
 
     @property
     def local_models(self) -> Sequence[ModelFile]:
@@ -233,7 +246,9 @@ class Assignments:
                         directory=self._models,
                         sha256=assignment.model.sha256 or None,
                         digest=assignment.model.digest,
-                        progress=lambda done, total: _progress(shown, done, total),
+                        progress=lambda done, total: self._progress(shown, done, total),
+                        access=self._access,
+                        cache=self._cache,
                     )
                 record.model = _local_model(assignment, found.digest, found.size_mib)
                 await self._note(replica_id, record.node_uid)
@@ -306,6 +321,15 @@ class Assignments:
         log.info("%s: ended", replica_id)
         self._wake.set()
 
+    def _progress(self, shown: Replica | None, done: int, total: int) -> None:
+        if shown is None or total <= 0:
+            return
+        percent = min(100, done * 100 // total)
+        told = shown.progress_percent // PROGRESS_STEP
+        shown.progress_percent = percent
+        if percent // PROGRESS_STEP != told:
+            self._replicas.touch()
+
     def _show(
         self, replica_id: str, record: _Record, assignment: Assignment, state: ReplicaState, message: str = ""
     ) -> Replica | None:
@@ -334,11 +358,6 @@ def _local_model(assignment: Assignment, digest: str = "", size_mib: int = 0) ->
     model = assignment.model
     digest = digest or model.digest
     return ModelFile(digest, model.source, size_mib or model.size_mib) if digest and model.source.startswith("file:") else None
-
-
-def _progress(shown: Replica | None, done: int, total: int) -> None:
-    if shown is not None and total > 0:
-        shown.progress_percent = min(100, done * 100 // total)
 
 
 async def _write(path: Path, data: bytes) -> None:

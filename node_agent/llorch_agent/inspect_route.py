@@ -8,6 +8,7 @@ from typing import Final
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llorch_model.access import DEFAULT_ACCESS, SourceAccess
 from llorch_model.core.errors import ModelError, ModelErrorCode
 from llorch_model.inspection import inspect_model
 from llorch_web.body import read_body
@@ -39,8 +40,9 @@ class InspectRequest(BaseModel):
 class InspectRoute:
     """The route and what it needs."""
 
-    def __init__(self, roots: ModelRoots) -> None:
+    def __init__(self, roots: ModelRoots, access: SourceAccess = DEFAULT_ACCESS) -> None:
         self._roots = roots
+        self._access = access
         self._turn = asyncio.Semaphore(AT_ONCE)
 
     def routes(self) -> list[web.AbstractRouteDef]:
@@ -60,7 +62,7 @@ class InspectRoute:
         try:
             self._roots.check(asked.source)
             async with self._turn:
-                found = await inspect_model(asked.source, sha256=asked.sha256)
+                found = await inspect_model(asked.source, sha256=asked.sha256, access=self._access)
         except ModelError as error:
             raise ApiError(_STATUS.get(error.code, 404), error.message, code=error.code.value) from None
         return web.json_response(found.to_resolved().to_json())

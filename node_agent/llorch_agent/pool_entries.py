@@ -8,7 +8,7 @@ import random
 from collections import defaultdict
 from typing import Any, Final
 
-from llorch_api import GPUPool, ReplicaOrigin
+from llorch_api import GPUPool, PoolReplica, ReplicaOrigin, ReplicaState
 from llorch_store import Key, NotFound, Store, StoreError, Unavailable
 
 from .publisher import FIELD_MANAGER, REQUEST_TIMEOUT_S, timestamp
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 JITTER_S: Final = 0.1
 """Times the pool's replicas: writes are spread over that long. 200 agents that patch one object at once drown in conflicts."""
+PROGRESS_STEP: Final = 10
+"""Percent of a download after which the pool is told."""
 MOST: Final = 64
 """A larger pool gets no entries at all."""
 RETRIES: Final = 3
@@ -66,7 +68,15 @@ class PoolEntries:
         found: dict[Key, Entries] = defaultdict(dict)
         for replica in self._replicas:
             if replica.origin is ReplicaOrigin.ASSIGNED and replica.namespace:
-                entry = {"node": self._node, "state": replica.state.value, "since": timestamp(replica.since)}
+                entry: dict[str, Any] = {
+                    "node": self._node,
+                    "state": replica.state.value,
+                    "since": timestamp(replica.since),
+                    # None, since what a merge patch does not name stays: the last percentage would outlive the download.
+                    "progressPercent": None,
+                }
+                if replica.state is ReplicaState.FETCHING and (percent := _in_steps(replica.progress_percent)):
+                    entry["progressPercent"] = percent
                 found[Key(replica.namespace, replica.pool)][replica.id] = entry
         return found
 
@@ -106,10 +116,18 @@ class PoolEntries:
         wanted = self._entries().get(key, {})
         known = {name: entry for name, entry in pool.status.replicas.items() if entry.node == self._node}
         patch: dict[str, Any] = {name: None for name in known if name not in wanted}
-        patch |= {name: entry for name, entry in wanted.items() if name not in known or known[name].to_json() != entry}
+        patch |= {name: entry for name, entry in wanted.items() if name not in known or not _same(known[name], entry)}
         if patch:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 await self._store.patch_status(
                     GPUPool, key, {"replicas": patch}, field_manager=FIELD_MANAGER, uid=pool.metadata.uid
                 )
         return wanted
+
+
+def _same(known: PoolReplica, entry: dict[str, Any]) -> bool:
+    return known.to_json() == {name: value for name, value in entry.items() if value is not None}
+
+
+def _in_steps(percent: int) -> int:
+    return percent - percent % PROGRESS_STEP

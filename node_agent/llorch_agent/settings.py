@@ -69,6 +69,14 @@ class AgentSettings(BaseSettings):
     then. Without effect where the node is published in a store."""
     model_dir: Path = Field(Path("~/.cache/llorch/models"), validation_alias="LLORCH_MODEL_DIR")
     """Where fetched models are kept."""
+    model_cache_mib: int = Field(0, ge=0, le=1 << 30, validation_alias="LLORCH_MODEL_CACHE_MIB")
+    """What fetched models may take in all, MiB. When they would take more, those that were not used for longest are deleted, and
+    never one that a replica of this node runs. 0: no limit but the disk, of which 512 MiB stay free."""
+    hf_token_file: Path | None = Field(None, validation_alias="LLORCH_HF_TOKEN_FILE")
+    """File with the token for private and gated hf: repositories, read anew for each; without it HF_TOKEN counts."""
+    allow_private_sources: bool = Field(True, validation_alias="LLORCH_ALLOW_PRIVATE_SOURCES")
+    """False refuses https: and s3: sources on private, loopback and link-local addresses, also after redirects: in a cluster a
+    pool's YAML would else make this node read what only it can reach. HF_ENDPOINT and AWS_ENDPOINT_URL are trusted."""
     model_roots: Annotated[tuple[Path, ...] | None, NoDecode] = Field(None, validation_alias="LLORCH_MODEL_ROOTS")
     """Directories, separated by `:`, under which file: sources may lie. By default /models where the store is kubernetes, and
     anywhere that the agent can read at home."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from agent_node import NODE, Node, assignment, running
 
 from fixtures import model_server
 from fixtures.model_server import ModelServer
-from llorch_api import GPUNode, ReplicaState
+from llorch_api import GPUNode, GPUPool, GPUPoolSpec, ModelSpec, ObjectMeta, PoolReplica, ReplicaState
 from llorch_model.tiny import write_tiny
 from llorch_store.factory import open_store
 
@@ -49,6 +50,33 @@ async def test_a_model_is_fetched_with_progress_and_served_and_the_second_replic
     await node.assign({"chat-bbbbb": assignment(server.url, sha256=server.sha256)})
     await node.until_state("chat-bbbbb", ReplicaState.READY)
     assert server.bytes_sent == sent
+
+
+async def test_the_pool_is_told_how_far_the_download_is_in_steps_and_forgets_it_after(node: Node, server: ModelServer):
+    server.pause = 0.01
+    pool = GPUPool(
+        metadata=ObjectMeta(namespace="default", name="chat"), spec=GPUPoolSpec(model=ModelSpec(source=server.url), replicas=1)
+    )
+    await node.store.apply(pool, field_manager="test")
+    told: list[PoolReplica] = []
+
+    async def follow() -> None:
+        async with aclosing(node.store.watch(GPUPool, namespace="default")) as events:
+            async for event in events:
+                if event.object is not None and (entry := event.object.status.replicas.get("chat-aaaaa")):
+                    told.append(entry)
+                    if entry.state is ReplicaState.READY:
+                        return
+
+    await node.assign({"chat-aaaaa": assignment(server.url, sha256=server.sha256)})
+    async with asyncio.timeout(20):
+        await follow()
+
+    percents = [entry.progress_percent for entry in told if entry.state is ReplicaState.FETCHING]
+    assert percents == sorted(percents)
+    assert set(percents) > {0}
+    assert set(percents) <= set(range(0, 101, 10))
+    assert told[-1].progress_percent == 0
 
 
 async def test_another_content_than_the_stated_one_is_a_failed_replica(node: Node, server: ModelServer):

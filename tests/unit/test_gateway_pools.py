@@ -152,13 +152,17 @@ def test_the_load_state_says_what_is_waited_for() -> None:
                 **loading.to_json(),
                 "status": {
                     "reason": "NotReady",
-                    "replicas": {"a-1": {"node": "gpu-1", "state": "Loading"}, "a-2": {"node": "gpu-2", "state": "Ready"}},
+                    "replicas": {
+                        "a-1": {"node": "gpu-1", "state": "Loading"},
+                        "a-2": {"node": "gpu-2", "state": "Ready"},
+                        "a-3": {"node": "gpu-3", "state": "Fetching", "progressPercent": 40},
+                    },
                 },
             }
         )
     ).resolve("a")
     assert known is not None
-    assert load_state(known) == "NotReady; a-1 on gpu-1 is Loading"
+    assert load_state(known) == "NotReady; a-1 on gpu-1 is Loading; a-3 on gpu-3 is Fetching (40 %)"
     fresh = table(pool("b")).resolve("b")
     assert fresh is not None
     assert load_state(fresh) == "its replicas are not placed yet"

@@ -49,8 +49,8 @@ class PoolView:
     requests only while its own agent says that it is ready."""
     reason: str
     """The one reason that matters, out of the pool's status."""
-    replicas: tuple[tuple[str, str, str], ...]
-    """(replica, node, state) as the agents report them."""
+    replicas: tuple[tuple[str, str, str, int], ...]
+    """(replica, node, state, percent of its download) as the agents report them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,12 @@ def build(objects: Iterable[GPUPool], previous: PoolTable, *, qualified: bool) -
 
 
 def load_state(pool: PoolView) -> str:
-    """Why the pool does not answer, for people: `RollingOut; chat-x2b4d on gpu-1 is Loading`."""
-    shown = [f"{replica} on {node} is {state}" for replica, node, state in pool.replicas[:5] if state != ReplicaState.READY]
+    """Why the pool does not answer, for people: `NotReady; chat-x2b4d on gpu-1 is Fetching (40 %)`."""
+    shown = [
+        f"{replica} on {node} is {state}" + (f" ({percent} %)" if state == ReplicaState.FETCHING else "")
+        for replica, node, state, percent in pool.replicas[:5]
+        if state != ReplicaState.READY
+    ]
     return "; ".join([pool.reason or "its replicas are not placed yet", *shown])
 
 
@@ -140,7 +144,10 @@ def _view(pool: GPUPool, before: PoolView | None, qualified: bool) -> PoolView:
         ),
         kept=False,
         reason=pool.status.reason,
-        replicas=tuple((replica, each.node, each.state.value) for replica, each in sorted(pool.status.replicas.items())),
+        replicas=tuple(
+            (replica, each.node, each.state.value, each.progress_percent)
+            for replica, each in sorted(pool.status.replicas.items())
+        ),
     )
     wanted = pool.spec.replicas > 0 or pool.spec.model.source == HANDOFF_SOURCE
     if not view.endpoints and wanted and before is not None and before.endpoints:
