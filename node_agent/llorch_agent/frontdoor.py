@@ -94,8 +94,9 @@ class FrontDoor:
         except TimeoutError:
             if self.in_flight:
                 log.warning("%d requests are ended: they outlasted the drain of %.0f s", self.in_flight, deadline)
+            reason = f"the agent of this node stops, and the answer was not complete after {deadline:g} s"
             for exchange in list(self._running):
-                exchange.abandon(Abandoned("the agent is stopping"))
+                exchange.abandon(Abandoned(reason))
             try:
                 async with asyncio.timeout(LAST_WORDS_SECONDS):
                     await self._leases.wait_until_idle()
@@ -282,6 +283,8 @@ def _api_error(error: EngineError) -> ApiError:
 
 
 def _engine_failed(replica: Replica, error: Exception) -> ApiError:
+    if isinstance(error, Abandoned):
+        return ApiError(503, str(error), code="draining", headers={"Retry-After": "1"})
     log.warning("replica %s: %s", replica.id, error, extra={"pool": replica.pool, "replica": replica.id})
     state = "" if replica.state is ReplicaState.READY else f" ({replica.state})"
     return ApiError(502, f"the engine of replica {replica.id}{state} failed: {error}", code="engine_failed")

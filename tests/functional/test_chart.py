@@ -216,3 +216,8 @@ def test_the_node_api_is_off_unless_asked_for_and_then_has_a_service_and_may_mak
     assert variables["ORCHESTRATORD_CLOUD_PROFILE"] == "true"
     [role] = [d for d in on if d["kind"] == "ClusterRole" and d["metadata"]["name"] == "llorch-operator"]
     assert any({"create", "delete"} == set(rule["verbs"]) for rule in role["rules"] if rule["resources"] == ["gpunodes"])
+
+
+def test_an_agents_drain_begins_with_the_pods_pre_stop_hook(helm: str) -> None:
+    workload = one(render(helm), "DaemonSet", "llorch-agent")
+    assert container(workload)["lifecycle"]["preStop"]["exec"]["command"] == ["sh", "-c", "kill -TERM 1"]

@@ -310,7 +310,7 @@ async def test_what_outlasts_the_drain_is_told_so(mid: Engine) -> None:
         request = await http.post("chat/completions", json=chat(tokens=3000, stream=True))
         await request.content.readline()
         await asyncio.wait_for(running.door.shutdown(0.1), 2)
-        assert (await events(request))[-1]["error"]["code"] == "engine_failed"
+        assert (await events(request))[-1]["error"]["code"] == "draining"
     await mid.until_idle(2)
 
 

@@ -33,17 +33,20 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def stop_requested() -> asyncio.Event:
-    """An event that SIGTERM or SIGINT sets. The second signal ends the process at once."""
+    """An event that SIGTERM or SIGINT sets. A SIGINT after it ends the process at once: a person is waiting.
+
+    Another SIGTERM does not: a pod gets one from its preStop hook and one from the kubelet, and neither is in a hurry.
+    """
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def ask() -> None:
-        if event.is_set():
+    def ask(received: signal.Signals) -> None:
+        if event.is_set() and received is signal.SIGINT:
             os._exit(130)
         event.set()
 
     for each in STOP_SIGNALS:
-        loop.add_signal_handler(each, ask)
+        loop.add_signal_handler(each, ask, each)
     return event
 
 
