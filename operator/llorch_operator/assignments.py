@@ -108,7 +108,7 @@ class AssignmentWriter:
             namespace=change.pool.namespace,
             revision=view.revision,
             model=AssignedModel(
-                source=spec.model.source,
+                source=view.source or spec.model.source,
                 sha256=spec.model.sha256 or "",
                 digest=view.digest,
                 size_mib=view.model_size,

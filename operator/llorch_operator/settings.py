@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -26,6 +28,11 @@ class OperatorSettings(BaseSettings):
     """Seconds from Offline to Lost, when a node's replicas are placed elsewhere. Shorter moves models on short outages."""
     load_deadline_secs: int = Field(900, ge=10, le=86_400, validation_alias="LLORCH_LOAD_DEADLINE_SECS")
     """Seconds from its assignment until a replica must be Ready; past them another node is tried."""
+    allow_private_sources: bool = Field(True, validation_alias="LLORCH_ALLOW_PRIVATE_SOURCES")
+    """False refuses https: and s3: sources on private, loopback and link-local addresses, also after redirects; see the agent's
+    setting of that name, and keep the two alike."""
+    hf_token_file: Path | None = Field(None, validation_alias="LLORCH_HF_TOKEN_FILE")
+    """File with the token for private and gated hf: repositories, read anew for each; without it HF_TOKEN counts."""
     namespace: str = Field("default", min_length=1, max_length=63, validation_alias="LLORCH_NAMESPACE")
     """Namespace of the operator and its agents; pools that handoff files name are made in it."""
     agent_selector: str = Field(

@@ -8,10 +8,20 @@ from collections.abc import Sequence
 
 from llorch_api import GPUPoolSpec, ResolvedModel
 
+MAX_SOURCE = 256
+"""Characters that an assignment has for it."""
+
 
 def model_identity(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
     """What names the model's content: its sha256 where stated, else what its place says of it."""
     return f"sha256:{spec.model.sha256}" if spec.model.sha256 else resolved.digest or spec.model.source
+
+
+def assigned_source(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:
+    """Where replicas fetch the model. A branch may move between two of them, so an `hf:` source is assigned at its commit."""
+    pinned = resolved.resolved
+    fits = pinned.startswith("hf:") and len(pinned) <= MAX_SOURCE
+    return pinned if spec.model.source.startswith("hf:") and fits else spec.model.source
 
 
 def revision_of(spec: GPUPoolSpec, resolved: ResolvedModel) -> str:

@@ -128,6 +128,8 @@ class PoolView:
     """Nodes that hold a file: source; None where any node can reach the model."""
     missing_because: str = ""
     """What a node outside `present_on` is told."""
+    source: str = ""
+    """Where its replicas fetch it: at the commit that it was resolved to, where there are commits. Empty: as the user wrote."""
     stated_mib: int = 0
     """The user's own figure for a replica, engine.vramMiB; 0 where there is none."""
     fitted_mib: int = 0
