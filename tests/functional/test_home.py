@@ -418,3 +418,17 @@ def test_the_node_api_says_that_the_cloud_profile_is_off(home: Home) -> None:
         with caught.value as answer:
             assert answer.code == 503
             assert "ORCHESTRATORD_CLOUD_PROFILE=true" in json.loads(answer.read())["message"]
+
+
+def test_with_the_cloud_profile_on_home_takes_agents_from_elsewhere_in(home: Home) -> None:
+    home.environment["ORCHESTRATORD_CLOUD_PROFILE"] = "true"
+    body = {"node_id": "rack-7", "address": "http://127.0.0.1:9", "pools": [], "capabilities": {"gpus": []}}
+    request = urllib.request.Request(f"{home.url}/v2/nodes/register", json.dumps(body).encode(), method="POST")
+    with home.running():
+        until(lambda: "desk" in home.cli("get", "gpunodes", check=False).stdout)
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            assert json.loads(answer.read())["success"]
+        with urllib.request.urlopen(f"{home.url}/v2/nodes", timeout=5) as answer:
+            found = {node["node_id"]: node["status"] for node in json.loads(answer.read())["nodes"]}
+        assert found == {"desk": "Online", "rack-7": "Registering"}
+        assert "rack-7" in home.cli("get", "gpunodes").stdout
