@@ -38,7 +38,10 @@ class Gateway:
         self.registry = CollectorRegistry()
         metrics = GatewayMetrics(self.registry)
         self._upstream = Upstream(
-            connect_timeout=CONNECT_SECONDS, idle_timeout=float(settings.answer_timeout_secs), max_idle=MAX_IDLE_CONNECTIONS
+            connect_timeout=CONNECT_SECONDS,
+            idle_timeout=float(settings.answer_timeout_secs),
+            max_idle=MAX_IDLE_CONNECTIONS,
+            tls=settings.client_tls(),
         )
         self._agents = Agents(self._upstream, Tokens(token, settings.api_token_file), metrics, clock=time.monotonic, draw=draw)
         self._view = PoolsView(store, settings.namespaces, qualified=settings.qualified, changed=self._agents.want)

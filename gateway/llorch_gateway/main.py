@@ -34,7 +34,7 @@ async def run(settings: GatewaySettings, stop: asyncio.Event | None = None) -> N
         async with open_store(settings.store or default_store(os.environ)) as store:
             gateway = Gateway(store, settings)
             app = application(gateway.routes(), registries=[gateway.registry], health=gateway.health)
-            server = Server(app, settings.addr, variable="LLORCH_GATEWAY_ADDR")
+            server = Server(app, settings.addr, variable="LLORCH_GATEWAY_ADDR", tls=settings.server_tls())
             await server.start()
             try:
                 await gateway.start()

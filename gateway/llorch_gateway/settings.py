@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from llorch_web.tls import TlsSettings
 
 _NAME = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 
 
-class GatewaySettings(BaseSettings):
+class GatewaySettings(TlsSettings):
     """Every field is one environment variable; a bad value ends the program with exit code 2."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)

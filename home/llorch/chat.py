@@ -9,6 +9,8 @@ from typing import Any
 
 import aiohttp
 
+from llorch_web.tls import verified
+
 TIMEOUT = aiohttp.ClientTimeout(total=None, connect=5, sock_read=120)
 
 
@@ -19,7 +21,10 @@ class ChatError(Exception):
 async def models(url: str) -> list[str]:
     """Names that the gateway serves."""
     try:
-        async with aiohttp.ClientSession(timeout=TIMEOUT) as session, session.get(f"{url}/v1/models") as response:
+        async with (
+            aiohttp.ClientSession(connector=verified(), timeout=TIMEOUT) as session,
+            session.get(f"{url}/v1/models") as response,
+        ):
             body = await response.json()
             return [item["id"] for item in body["data"]]
     except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
@@ -41,7 +46,7 @@ async def stream(url: str, model: str, messages: list[dict[str, str]], max_token
     text: list[str] = []
     try:
         async with (
-            aiohttp.ClientSession(timeout=TIMEOUT) as session,
+            aiohttp.ClientSession(connector=verified(), timeout=TIMEOUT) as session,
             session.post(f"{url}/v1/chat/completions", json=body) as response,
         ):
             if response.status != 200:

@@ -89,7 +89,12 @@ async def _serve_on(store: Store, settings: Settings, stop: asyncio.Event, progr
     operator = Operator(store, settings.operator)
     gateway = Gateway(store, settings.gateway)
     agent = Agent(settings.agent, store)
-    server = Server(_application(operator, gateway, agent, settings.agent), settings.home.addr, variable="ORCHESTRATORD_ADDR")
+    server = Server(
+        _application(operator, gateway, agent, settings.agent),
+        settings.home.addr,
+        variable="ORCHESTRATORD_ADDR",
+        tls=settings.agent.server_tls(),
+    )
     await server.start()
     try:
         progress.say(f"listening on {server.url}")

@@ -10,6 +10,7 @@ import aiohttp
 
 from llorch_api import GPUNode
 from llorch_store import Store
+from llorch_web.tls import verified
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, connect=5, sock_read=30)
 FOLLOW_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=5)
@@ -55,7 +56,7 @@ async def read(sources: Sequence[Source], *, lines: int, follow: bool, token: st
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = FOLLOW_TIMEOUT if follow else TIMEOUT
     query = {"lines": str(lines), **({"follow": "true"} if follow else {})}
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+    async with aiohttp.ClientSession(connector=verified(), headers=headers, timeout=timeout) as session:
 
         async def one(source: Source) -> None:
             label = f"[{source.replica}] ".encode() if len(sources) > 1 else b""

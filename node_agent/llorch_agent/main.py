@@ -45,7 +45,13 @@ async def run(settings: AgentSettings) -> None:
             assert settings.orchestrator_url is not None
             url = settings.orchestrator_url
             api = NodeApiStore(
-                url, tokens, settings.node_id, pools=settings.pools, register=settings.register_on_startup, draw=random.Random()
+                url,
+                tokens,
+                settings.node_id,
+                pools=settings.pools,
+                register=settings.register_on_startup,
+                tls=settings.client_tls(),
+                draw=random.Random(),
             )
             async with api:
                 # Also inside a cluster: this node is not the Node that its pod runs on.
@@ -69,7 +75,7 @@ async def run(settings: AgentSettings) -> None:
 
 async def _serve(agent: Agent, settings: AgentSettings, tokens: Tokens, stop: asyncio.Event) -> None:
     app = application(agent.routes(), registries=[agent.registry], tokens=tokens, health=agent.health)
-    server = Server(app, settings.addr, variable="POOL_MANAGERD_ADDR")
+    server = Server(app, settings.addr, variable="POOL_MANAGERD_ADDR", tls=settings.server_tls())
     await server.start()
     try:
         if settings.port == 0:

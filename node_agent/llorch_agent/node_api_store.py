@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
@@ -54,14 +55,24 @@ class NodeApiStore:
     """The GPUNode `node` and no other object. Use as an async context manager; `speaks_for` comes before the first request."""
 
     def __init__(
-        self, url: str, tokens: Tokens, node: str, *, pools: tuple[str, ...] = (), register: bool = True, draw: random.Random
+        self,
+        url: str,
+        tokens: Tokens,
+        node: str,
+        *,
+        pools: tuple[str, ...] = (),
+        register: bool = True,
+        tls: ssl.SSLContext | None = None,
+        draw: random.Random,
     ) -> None:
-        """`url` is the operator's base URL. Without `register` the node is not registered here: it waits until it was."""
+        """`url` is the operator's base URL. Without `register` the node is not registered here: it waits until it was.
+        `tls` verifies the operator, by default with the system's authorities."""
         self._url = url.rstrip("/")
         self._tokens = tokens
         self._name = node
         self._pools = pools
         self._register_it = register
+        self._tls = tls
         self._draw = draw
         self._snapshot: Callable[[], Mapping[str, Any]] = dict
         self._told_interval: Callable[[float], None] = lambda _: None
@@ -78,7 +89,9 @@ class NodeApiStore:
         self._snapshot, self._told_interval = snapshot, told_interval
 
     async def __aenter__(self) -> NodeApiStore:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_S))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._tls or True), timeout=aiohttp.ClientTimeout(total=REQUEST_S)
+        )
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from llorch_web.tls import TlsSettings
 
 _LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_./]{0,252})=([A-Za-z0-9][-A-Za-z0-9_.]{0,62}|)")
 
@@ -23,7 +25,7 @@ def host_name() -> str:
     return name[:253] or "node"
 
 
-class AgentSettings(BaseSettings):
+class AgentSettings(TlsSettings):
     """Every field is one environment variable; a bad value ends the program with exit code 2."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
@@ -151,7 +153,7 @@ class AgentSettings(BaseSettings):
             return self.address.rstrip("/")
         host, _, port = self.addr.rpartition(":")
         host = {"0.0.0.0": socket.gethostname(), "[::]": socket.gethostname(), "": "127.0.0.1"}.get(host, host)
-        return f"http://{host}:{port}"
+        return f"{'https' if self.tls_cert_file else 'http'}://{host}:{port}"
 
     @property
     def own_hosts(self) -> frozenset[str]:

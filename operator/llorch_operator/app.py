@@ -45,6 +45,7 @@ class Operator:
             namespace=settings.namespace,
             load_deadline=float(settings.load_deadline_secs),
             tokens=tokens,
+            tls=settings.client_tls(),
         )
         self.registry = CollectorRegistry()
         self.registry.register(OperatorMetrics(self.fleet, self.reconciler))

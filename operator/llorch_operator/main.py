@@ -45,7 +45,7 @@ async def operate(settings: OperatorSettings) -> None:
 
 async def _serve(operator: Operator, settings: OperatorSettings, work: Callable[[], Awaitable[None]]) -> None:
     app = application(operator.routes(), registries=[operator.registry], health=operator.health)
-    server = Server(app, settings.addr, variable="ORCHESTRATORD_ADDR")
+    server = Server(app, settings.addr, variable="ORCHESTRATORD_ADDR", tls=settings.server_tls())
     await server.start()
     try:
         await work()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
@@ -69,6 +70,7 @@ class Reconciler:
         namespace: str,
         load_deadline: float,
         tokens: Tokens,
+        tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_suffix: Callable[[], str] | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class Reconciler:
         self._events = events
         self._namespace = namespace
         self._tokens = tokens
+        self._tls = tls
         self._clock = clock
         self._deadlines = Deadlines(load_deadline)
         self._strays = Strays()
@@ -96,7 +99,8 @@ class Reconciler:
     async def run(self) -> None:
         """Lists everything, then reconciles for ever."""
         await self._relist()
-        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        connector = aiohttp.TCPConnector(ssl=self._tls or True)
+        async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
             resolver = Resolver(session, group, self._fleet.changed, self._tokens)
             while True:
                 self.last_tick = self._clock()

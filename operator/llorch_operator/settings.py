@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from llorch_web.tls import TlsSettings
 
 
-class OperatorSettings(BaseSettings):
+class OperatorSettings(TlsSettings):
     """Every field is one environment variable; a bad value ends the program with exit code 2."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True)

@@ -350,6 +350,7 @@ async def test_a_header_cannot_smuggle_another() -> None:
 def test_urls_split_into_address_and_path() -> None:
     assert split_url("http://10.0.0.1:9200/replicas/a-1") == (Address("10.0.0.1", 9200), "/replicas/a-1")
     assert split_url("http://[::1]:9200/") == (Address("::1", 9200), "")
-    for bad in ("https://x/", "ftp://x", "x", "http:///p", "http://u@h/"):
+    assert split_url("https://gpu-1/x") == (Address("gpu-1", 443, True), "/x")
+    for bad in ("ftp://x", "x", "http:///p", "http://u@h/"):
         with pytest.raises(ValueError, match="http URL"):
             split_url(bad)

@@ -7,6 +7,7 @@ import errno
 import logging
 import re
 import socket
+import ssl
 
 from aiohttp import web
 
@@ -38,12 +39,22 @@ class Server:
     their owner before `stop`, or stop waits for its whole deadline.
     """
 
-    def __init__(self, app: web.Application, address: str, *, variable: str, reuse_port: bool = False) -> None:
-        """`address` is host:port; port 0 takes a free one. `variable` is the setting that errors name."""
+    def __init__(
+        self,
+        app: web.Application,
+        address: str,
+        *,
+        variable: str,
+        reuse_port: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`address` is host:port; port 0 takes a free one. `variable` is the setting that errors name. With `tls`
+        nothing but TLS is spoken."""
         self._app = app
         self._address = address
         self._variable = variable
         self._reuse_port = reuse_port
+        self._tls = tls
         self._runner: web.AppRunner | None = None
         self._host, self._port = parse_address(address, variable)
 
@@ -56,14 +67,16 @@ class Server:
     def url(self) -> str:
         """Base URL as seen from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._host, f"[{self._host}]" if ":" in self._host else self._host)
-        return f"http://{host}:{self._port}"
+        return f"{'http' if self._tls is None else 'https'}://{host}:{self._port}"
 
     async def start(self) -> None:
         """Listens. Raises StartError."""
         # Without cancellation a handler learns that its client left only when it writes the next time.
         runner = web.AppRunner(self._app, access_log=None, handler_cancellation=True, shutdown_timeout=CUT_OFF_SECONDS)
         await runner.setup()
-        site = web.TCPSite(runner, self._host, self._port, backlog=BACKLOG, reuse_port=self._reuse_port or None)
+        site = web.TCPSite(
+            runner, self._host, self._port, backlog=BACKLOG, reuse_port=self._reuse_port or None, ssl_context=self._tls
+        )
         try:
             await site.start()
         except OSError as error:

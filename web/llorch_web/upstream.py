@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -42,11 +43,12 @@ Headers = Sequence[tuple[str, str]]
 
 
 def split_url(url: str) -> tuple[Address, str]:
-    """`http://host:port/path` as address and path without a trailing slash. ValueError for anything but plain http."""
+    """`http://host:port/path` as address and path without a trailing slash; https too. ValueError for anything else."""
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.query or parts.fragment or parts.username is not None:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username is not None:
         raise ValueError(f"{url!r} is not an http URL with a host")
-    return Address(parts.hostname, parts.port or 80), parts.path.rstrip("/")
+    tls = parts.scheme == "https"
+    return Address(parts.hostname, parts.port or (443 if tls else 80), tls), parts.path.rstrip("/")
 
 
 class Exchange:
@@ -257,11 +259,14 @@ class Upstream:
         connect_timeout: float = 2.0,
         idle_timeout: float = 300.0,
         max_idle: int = 64,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`connect_timeout` and `idle_timeout` (silence of the peer) in seconds; `max_idle` connections kept per address."""
+        """`connect_timeout` and `idle_timeout` (silence of the peer) in seconds; `max_idle` connections kept per address;
+        `tls` verifies servers, by default with the system's authorities."""
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle
+        self._tls = tls
         self._idle: dict[Address, deque[Connection]] = {}
         self._open: set[Connection] = set()
         self._closed = False
@@ -311,13 +316,20 @@ class Upstream:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(lambda: Connection(self, address, loop), address.host, address.port)
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self, address, loop), address.host, address.port, ssl=self._verification(address)
+                )
         except TimeoutError:
             raise ConnectFailed(f"{address} did not accept a connection within {self._connect_timeout:g} s") from None
         except OSError as error:
             raise ConnectFailed(f"{address}: {error.strerror or error}") from error
         self._open.add(connection)
         return connection
+
+    def _verification(self, address: Address) -> ssl.SSLContext | None:
+        if address.tls and self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls if address.tls else None
 
     async def close(self) -> None:
         """Aborts every connection and waits until they are gone."""
