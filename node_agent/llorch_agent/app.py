@@ -29,13 +29,16 @@ from .core.readings import SystemReading
 from .core.snapshot import Facts, ModelFile, ReplicaFacts, compose
 from .devices import CpuSource, Devices, DeviceSource, FirstOf
 from .engines import Engines, EngineSettings
+from .fit_params import FitParams
 from .frontdoor import LAST_WORDS_SECONDS, FrontDoor
 from .inspect_route import InspectRoute
 from .log_route import LogRoute
+from .measured import Measurements
 from .metrics import AgentMetrics
 from .model_cache import ModelCache
 from .model_roots import ModelRoots
 from .node_facts import KnownNode, NodeFactsSource, StaticFacts
+from .pod_resources import PodResources, WithHolders
 from .pool_entries import PROGRESS_STEP, PoolEntries
 from .publisher import Publisher, timestamp
 from .replicas import Replicas
@@ -87,7 +90,7 @@ class Agent:
         self.registry = CollectorRegistry()
         self._front_door = FrontDoor(self.replicas, node_id=settings.node_id, registry=self.registry)
         access = SourceAccess(settings.allow_private_sources, settings.hf_token_file)
-        self._inspect = InspectRoute(roots, access)
+        self._inspect = InspectRoute(roots, access, FitParams(settings.engine or ""))
         self._models = ModelCache(settings.models, handoffs, settings.model_cache_mib)
         self._logs = LogRoute(self._engines.logs, self.replicas)
         self._facts_source = facts or _facts_source(settings, in_cluster)
@@ -103,7 +106,10 @@ class Agent:
             lease=self._lease,
         )
         self._entries = PoolEntries(store, settings.node_id, self.replicas, draw)
-        self._devices = Devices(devices or _device_source(settings), self.replicas, changed=self._publisher.poke)
+        self._memory = Measurements(settings.models)
+        self._devices = Devices(
+            devices or _device_source(settings, in_cluster), self.replicas, changed=self._publisher.poke, memory=self._memory
+        )
         self._assignments = Assignments(
             store,
             settings.node_id,
@@ -336,16 +342,18 @@ class Agent:
                     for replica in self.replicas
                 ],
                 models=[*self._assignments.local_models, *self._stored],
+                measured=self._memory.known,
             )
         )
 
 
-def _device_source(settings: AgentSettings) -> DeviceSource:
+def _device_source(settings: AgentSettings, in_cluster: bool) -> DeviceSource:
     if settings.devices == "cpu":
         return CpuSource()
     from .nvml import NvmlSource
 
-    return NvmlSource() if settings.devices == "nvml" else FirstOf(NvmlSource(), CpuSource())
+    found = NvmlSource() if settings.devices == "nvml" else FirstOf(NvmlSource(), CpuSource())
+    return WithHolders(found, PodResources(settings.pod_resources, expected=in_cluster), settings.pod)
 
 
 def _lease(settings: AgentSettings, in_cluster: bool) -> NodeLease | None:

@@ -37,6 +37,8 @@ class AgentMetrics(Collector):
         total = self._gauge("llorch_device_memory_total_bytes", "Memory of a device", "device", "name")
         free = self._gauge("llorch_device_memory_free_bytes", "Free memory of a device", "device")
         foreign = self._gauge("llorch_device_memory_foreign_bytes", "Memory in use by what is not llorch's", "device")
+        unmanaged = self._gauge("llorch_device_memory_unmanaged_bytes", "Foreign memory that no known pod explains", "device")
+        held = self._gauge("llorch_device_held", "1 while another pod holds the device", "device")
         healthy = self._gauge("llorch_device_healthy", "0 while the device is Unhealthy", "device")
         load = self._gauge("llorch_device_utilization_ratio", "Share of time that the device computed", "device")
         temperature = self._gauge("llorch_device_temperature_celsius", "Temperature of a device", "device")
@@ -44,13 +46,16 @@ class AgentMetrics(Collector):
         for each in self._devices.readings:
             total.add_metric([self._node, each.uuid, each.name], each.total * _MIB)
             free.add_metric([self._node, each.uuid], each.free * _MIB)
-            foreign.add_metric([self._node, each.uuid], self._devices.shares.foreign.get(each.uuid, 0) * _MIB)
+            strange = self._devices.shares.foreign.get(each.uuid, 0)
+            foreign.add_metric([self._node, each.uuid], strange * _MIB)
+            unmanaged.add_metric([self._node, each.uuid], 0 if each.held_by else strange * _MIB)
+            held.add_metric([self._node, each.uuid], int(bool(each.held_by)))
             healthy.add_metric([self._node, each.uuid], int(each.health is not DeviceHealth.UNHEALTHY))
             if each.load is not None:
                 for gauge, value, unit in zip((load, temperature, power), each.load, (0.01, 1, 0.001), strict=True):
                     if value is not None:
                         gauge.add_metric([self._node, each.uuid], value * unit)
-        yield from (total, free, foreign, healthy, load, temperature, power)
+        yield from (total, free, foreign, unmanaged, held, healthy, load, temperature, power)
 
     def _pool_metrics(self) -> Iterator[Metric]:
         pools: dict[str, list[Replica]] = defaultdict(list)

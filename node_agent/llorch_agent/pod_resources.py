@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +34,9 @@ class PodResources:
 
     async def read(self) -> Sequence[PodDevices]:
         """The pods that hold GPUs now; none where there is no kubelet."""
-        if not self._socket.exists():
+        if not os.path.exists(self._socket):  # also False where its directory may not be looked into: Path.exists() raises then
             if self._expected:
-                self._say(f"{self._socket} is not there: GPUs of other pods are told by their memory alone")
+                self._say(f"{self._socket} is not there, or not for this user: GPUs of other pods are told by their memory alone")
             return self._known
         import grpc  # 15 MiB that a machine without a kubelet does not need
 

@@ -86,6 +86,12 @@ class AgentSettings(TlsSettings):
     """Path of llama-server; by default the one on PATH, else the one in the xllamacpp package."""
     devices: Literal["auto", "nvml", "cpu"] = Field("auto", validation_alias="LLORCH_DEVICES")
     """auto: GPUs, or the machine's own memory where there is no GPU driver. nvml: GPUs only. cpu: the machine's memory only."""
+    pod_resources: Path = Field(Path("/var/lib/kubelet/pod-resources/kubelet.sock"), validation_alias="LLORCH_POD_RESOURCES")
+    """The kubelet's PodResources socket, or its relay's: GPUs that other pods hold are told to the operator and never used.
+    Where it is missing, such GPUs are only seen by the memory in use on them; in the cluster a warning says so."""
+    pod: str = Field("", max_length=320, pattern=r"^([^/\s]+/[^/\s]+)?$", validation_alias="LLORCH_POD")
+    """NAMESPACE/NAME of the pod that the agent runs in: what this pod holds is the agent's own. Without it the agent's own GPUs
+    count as held by another."""
     node_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict, validation_alias="LLORCH_NODE_LABELS")
     """key=value,… for nodeSelector, outside Kubernetes. In the cluster the Node's own labels count."""
     store: str | None = Field(None, pattern=r"^(kubernetes|sqlite:.+|memory:)$", validation_alias="LLORCH_STORE")

@@ -12,6 +12,7 @@ import pytest
 from fixtures.kubelet import kubelet, pod
 from llorch_agent.core.readings import DeviceReading
 from llorch_agent.pod_resources import PodResources, WithHolders
+from llorch_agent.pod_resources_relay import serve
 
 pytestmark = pytest.mark.functional
 
@@ -91,3 +92,27 @@ async def test_without_a_kubelet_home_is_silent_and_the_cluster_warns_once(tmp_p
         assert [await holders(devices) for _ in range(3)] == [["", ""]] * 3
         assert len(caplog.records) == told
         await devices.close()
+
+
+async def test_the_relay_passes_the_kubelets_answers_on_and_outlives_the_kubelet(tmp_path: Path):
+    relayed, stop = tmp_path / "relayed.sock", asyncio.Event()
+    relaying = asyncio.create_task(serve(tmp_path / "k.sock", relayed, stop))
+    devices = source(relayed)
+    async with kubelet(tmp_path / "k.sock") as node, asyncio.timeout(10):
+        node.pods = [pod(f"p{number}", {"nvidia.com/gpu": [f"GPU-{number % 2}"]}) for number in range(2_000)]
+        while True:
+            if relayed.exists():
+                break
+            await asyncio.sleep(0.01)
+        assert await holders(devices) == ["ml/p0", "ml/p1"]
+    async with kubelet(tmp_path / "k.sock") as node, asyncio.timeout(10):
+        node.pods = [pod("b", {"nvidia.com/gpu": ["GPU-1"]})]
+        while True:
+            if await holders(devices) == ["", "ml/b"]:
+                break
+            await asyncio.sleep(0.1)
+    await devices.close()
+    stop.set()
+    async with asyncio.timeout(5):
+        await relaying
+    assert not relayed.exists()
