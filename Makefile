@@ -10,7 +10,7 @@ HOME_READY := $(VENV)/.home-$(shell cat $(INPUTS) | sha256sum | cut -c1-12)
 DEV_READY := $(VENV)/.dev-$(shell cat $(INPUTS) | sha256sum | cut -c1-12)
 PACKAGES := crds store model web operator node_agent gateway home
 
-.PHONY: help home test smoke lint types contracts check-generate generate unit functional e2e engine cluster clean
+.PHONY: help home test smoke lint types contracts check-generate generate unit functional e2e bench-agent soak engine cluster clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -63,6 +63,12 @@ functional: $(DEV_READY) ## against a real API server, llama-server and a fake N
 
 e2e: $(DEV_READY) ## helm install on kind, to a streamed chat and a failover
 	@$(BIN)/pytest -q tests/e2e
+
+bench-agent: $(DEV_READY) ## what the agent costs: latency, memory, CPU, and the API server's CPU per heartbeat; a minute
+	@$(BIN)/python tests/bench/agent.py
+
+soak: $(DEV_READY) ## ten minutes of traffic against engines that are killed all the time; SECONDS=90 for less
+	@$(BIN)/python tests/soak/agent.py $(or $(SECONDS),600)
 
 engine: $(VENV)/pyvenv.cfg ## builds llama-server from the llama-cpp-python source (LLORCH_CUDA=1 for NVIDIA GPUs)
 	@node_agent/build-engine.sh
