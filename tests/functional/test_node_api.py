@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from engine_node import foreign_engine
 
 from fixtures.simulated_agent import SimulatedAgent
 from llorch_agent.app import Agent
@@ -95,9 +97,9 @@ POOL: dict[str, Any] = {
 
 
 @asynccontextmanager
-async def serving(store: Store, **settings: Any) -> AsyncIterator[Control]:
+async def serving(store: Store, address: str = "127.0.0.1:0", **settings: Any) -> AsyncIterator[Control]:
     operator = Operator(store, OperatorSettings.model_validate({"cloud_profile": True, **settings}))
-    server = Server(application(operator.routes(), registries=[operator.registry]), "127.0.0.1:0", variable="TEST")
+    server = Server(application(operator.routes(), registries=[operator.registry]), address, variable="TEST")
     await server.start()
     task = asyncio.create_task(operator.run())
     try:
@@ -420,22 +422,49 @@ async def test_an_agent_starts_before_its_control_plane_and_outlives_it(store: S
         async with agent_at(url, tmp_path) as agent:
             await asyncio.sleep(0.3)
             assert not agent.health()
-            port = int(url.rsplit(":", 1)[1])
-            for store_ in (first, store):  # the second has never heard of the node: 404, and it registers again
-                operator = Operator(store_, OperatorSettings.model_validate({"cloud_profile": True}))
-                server = Server(application(operator.routes()), f"127.0.0.1:{port}", variable="TEST")
-                await server.start()
-                task = asyncio.create_task(operator.run())
-                try:
-                    async with aiohttp.ClientSession() as client:
-                        control = Control(store_, operator, url, client)
-                        await control.until(lambda node: node.status.heartbeat.sequence, within_s=20)
-                finally:
-                    task.cancel()
-                    await asyncio.wait({task})
-                    operator.end_requests()
-                    await server.stop(1.0)
+            for next_store in (first, store):  # the second has never heard of the node: 404, and it registers again
+                async with serving(next_store, address=url.removeprefix("http://")) as control:
+                    await control.until(lambda node: node.status.heartbeat.sequence, within_s=20)
                 assert not agent.health()
+
+
+async def test_requests_are_answered_while_the_control_plane_is_away_and_when_it_comes_back_knowing_nothing(
+    store: Store, tmp_path: Path
+) -> None:
+    url, answers = "", []
+    async with foreign_engine(write_tiny(tmp_path / "m.gguf"), slots=2) as (_, engine):
+        (tmp_path / "engines").mkdir()
+        document = {"pool_id": "pool-0", "replica_id": "r0", "engine": "llamacpp", "engine_version": "v1", "url": engine}
+        (tmp_path / "engines/a.json").write_text(json.dumps(document))
+        async with MemoryStore() as first, AsyncExitStack() as stack:
+            async with serving(first) as control:
+                url = control.url
+                agent = await stack.enter_async_context(agent_at(url, tmp_path))
+                front = Server(application(agent.routes()), "127.0.0.1:0", variable="TEST")
+                await front.start()
+                stack.push_async_callback(front.stop, 0)
+                await control.until(
+                    lambda node: any(report.state is ReplicaState.READY for report in node.status.replicas.values())
+                )
+                client = await stack.enter_async_context(aiohttp.ClientSession())
+
+                async def keep_asking() -> None:
+                    target = f"{front.url}/replicas/pool-0_r0/v1/completions"
+                    while True:
+                        async with client.post(target, json={"model": "m", "prompt": "a", "max_tokens": 8}) as answer:
+                            answers.append(answer.status)
+                            await answer.read()
+
+                asking = asyncio.create_task(keep_asking())
+            await asyncio.sleep(1.5)
+            async with serving(store, address=url.removeprefix("http://")) as control:
+                node = await control.until(lambda node: node.status.replicas, within_s=20)
+                assert node.status.replicas["pool-0_r0"].state is ReplicaState.READY
+            asking.cancel()
+            await asyncio.wait({asking})
+            assert asking.cancelled(), asking.exception()
+    assert len(answers) > 20
+    assert set(answers) == {200}
 
 
 async def test_an_agent_s_token_is_changed_under_it(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
