@@ -9,6 +9,7 @@ import time
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from llorch_model.access import SourceAccess
 from llorch_store import Store
 from llorch_web.auth import Tokens
 
@@ -46,6 +47,7 @@ class Operator:
             load_deadline=float(settings.load_deadline_secs),
             tokens=tokens,
             tls=settings.client_tls(),
+            access=SourceAccess(settings.allow_private_sources, settings.hf_token_file),
         )
         self.registry = CollectorRegistry()
         self.registry.register(OperatorMetrics(self.fleet, self.reconciler))

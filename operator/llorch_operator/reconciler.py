@@ -15,6 +15,7 @@ import aiohttp
 
 from llorch_api import Condition, GPUNode, GPUPool
 from llorch_api.gpupool import HANDOFF_SOURCE
+from llorch_model.access import DEFAULT_ACCESS, SourceAccess
 from llorch_model.core.measured import merged
 from llorch_store import Key, NotFound, Store, StoreError
 from llorch_web.auth import Tokens
@@ -25,7 +26,7 @@ from .core.liveness import Liveness, Transition
 from .core.nodes import conditions_of, phase_of, said_unmanaged, unmanaged, view_of
 from .core.placement import plan
 from .core.pools import Resolution, Seen, pool_names_without_pool
-from .core.revision import revision_of
+from .core.revision import assigned_source, revision_of
 from .core.strays import Strays
 from .core.views import PoolKey, PoolView
 from .events import Events
@@ -73,8 +74,10 @@ class Reconciler:
         tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_suffix: Callable[[], str] | None = None,
+        access: SourceAccess = DEFAULT_ACCESS,
     ) -> None:
         self._store = store
+        self._access = access
         self._fleet = fleet
         self._events = events
         self._namespace = namespace
@@ -101,7 +104,7 @@ class Reconciler:
         await self._relist()
         connector = aiohttp.TCPConnector(ssl=self._tls or True)
         async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
-            resolver = Resolver(session, group, self._fleet.changed, self._tokens)
+            resolver = Resolver(session, group, self._fleet.changed, self._tokens, self._access)
             while True:
                 self.last_tick = self._clock()
                 await self._look_for_silence()
@@ -251,6 +254,7 @@ class Reconciler:
             model_size=resolution.model.size_mib,
             must_fetch=holders is None,
             present_on=holders,
+            source=assigned_source(spec, resolution.model),
             missing_because=f"MODEL_NOT_AVAILABLE: {spec.model.source} is not on this node",
             stated_mib=spec.engine.vram_mib or 0,
             fitted_mib=resolution.model.vram_mib,

@@ -1,6 +1,6 @@
 """The resolve step: what a pool's model is, before anything is placed.
 
-https: headers are read here by range requests. A file: source is only known to the nodes that hold it, so their agents are
+Headers on servers are read here by range requests. A file: source is only known to the nodes that hold it, so their agents are
 asked; which of them have it decides where the pool may go.
 """
 
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from llorch_api import ConditionReason, GPUPool, ModelShape, ResolvedModel
+from llorch_model.access import DEFAULT_ACCESS, SourceAccess
 from llorch_model.core.errors import ModelError, UnsupportedSource
 from llorch_model.core.source import local_path
-from llorch_model.remote import inspect_https
+from llorch_model.inspection import inspect_model
 from llorch_web.auth import Tokens
 
 from .core.pools import Resolution
@@ -81,8 +82,16 @@ class Agent:
 class Resolver:
     """Answers at once with what is known; tasks of `group` find out the rest and set `changed` when they learn something."""
 
-    def __init__(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup, changed: asyncio.Event, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        group: asyncio.TaskGroup,
+        changed: asyncio.Event,
+        tokens: Tokens,
+        access: SourceAccess = DEFAULT_ACCESS,
+    ) -> None:
         self._session = session
+        self._access = access
         self._group = group
         self._changed = changed
         self._tokens = tokens
@@ -101,6 +110,9 @@ class Resolver:
         except UnsupportedSource as error:
             return Resolution(None, ConditionReason.UNSUPPORTED_SOURCE, error.message), None
         if not local:
+            if want.source.startswith("hf:") and (known := self._remembered(pool)) is not None:
+                # A branch became a commit when the spec was written: an operator that starts anew moves nobody to another one.
+                return known, None
             self._ask(want, entry, "", Agent("", ""), now)
             return self._network_answer(pool, entry), None
         for name, agent in agents.items():
@@ -136,7 +148,7 @@ class Resolver:
 
     async def _read_header(self, want: Want) -> ResolvedModel:
         try:
-            found = await inspect_https(self._session, want.source, sha256=want.sha256 or None)
+            found = await inspect_model(want.source, sha256=want.sha256 or None, access=self._access)
         except ModelError as error:
             raise _Refused(_REASONS.get(error.code, ConditionReason.MODEL_NOT_AVAILABLE), error.message) from error
         return found.to_resolved()
