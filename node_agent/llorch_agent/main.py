@@ -6,12 +6,13 @@ import asyncio
 import logging
 import os
 import random
+from urllib.parse import urlsplit
 
 from llorch_store import StoreError
 from llorch_store.default import default_store
 from llorch_store.factory import open_store
 from llorch_web.application import application
-from llorch_web.auth import Tokens
+from llorch_web.auth import Tokens, is_loopback
 from llorch_web.logging import configure
 from llorch_web.run import run as run_program
 from llorch_web.run import stop_requested
@@ -44,6 +45,10 @@ async def run(settings: AgentSettings) -> None:
         if settings.over_http:
             assert settings.orchestrator_url is not None
             url = settings.orchestrator_url
+            if _is_here(settings.advertised) and not _is_here(url):
+                log.warning(
+                    "%s is this machine alone: POOL_MANAGERD_ADDRESS says where the gateway reaches it", settings.advertised
+                )
             api = NodeApiStore(
                 url,
                 tokens,
@@ -71,6 +76,11 @@ async def run(settings: AgentSettings) -> None:
         # Each of them was logged where it happened.
         log.critical("the agent ends: %s", group.message)
         raise SystemExit(1) from group
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname
+    return host == "localhost" or is_loopback(host)
 
 
 async def _serve(agent: Agent, settings: AgentSettings, tokens: Tokens, stop: asyncio.Event) -> None:

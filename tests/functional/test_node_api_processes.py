@@ -179,3 +179,14 @@ async def test_with_the_cloud_profile_off_the_two_daemons_work_side_by_side(tmp_
             await until(answered, 20)
 
         assert await asyncio.to_thread(status_of, f"http://127.0.0.1:{ports['8080']}/v2/nodes") == 503
+
+
+async def test_the_cloud_profile_without_an_address_is_one_line(tmp_path: Path) -> None:
+    variables = environment(POOL_MANAGERD_CLOUD_PROFILE="true", POOL_MANAGERD_ADDR=f"127.0.0.1:{free_port()}")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "llorch_agent", cwd=tmp_path, env=variables, stderr=asyncio.subprocess.PIPE
+    )
+    _, error = await process.communicate()
+    assert process.returncode == 2
+    assert error.decode().startswith("llorch: ORCHESTRATORD_URL is not set — POOL_MANAGERD_CLOUD_PROFILE=true needs it")
+    assert error.decode().count("\n") == 1
