@@ -33,7 +33,7 @@ from .events import Events
 from .fleet import Fleet
 from .handoff_pools import HandoffPools
 from .pool_status import PoolStatusWriter
-from .resolve import Agent, Resolver, Want
+from .resolve import Agent, Resolver, Want, want_of
 from .status_patch import node_patch
 
 log = logging.getLogger("llorch.operator.reconciler")
@@ -221,7 +221,7 @@ class Reconciler:
             if pool.spec.model.source == HANDOFF_SOURCE:
                 resolutions[key] = Resolution(None)
                 continue
-            wants.add(Want(pool.spec.model.source, pool.spec.model.sha256 or ""))
+            wants.add(want_of(pool))
             resolutions[key], holders = resolver.resolve(pool, agents, now)
             if (model := resolutions[key].model) is not None:
                 pools[key] = self._pool_view(key, pool, revision_of(pool.spec, model), resolutions[key], holders, measured)

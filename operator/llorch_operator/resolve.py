@@ -22,6 +22,7 @@ from llorch_model.inspection import inspect_model
 from llorch_web.auth import Tokens
 
 from .core.pools import Resolution
+from .core.revision import engine_arguments
 
 log = logging.getLogger("llorch.operator.resolve")
 
@@ -46,11 +47,30 @@ class _Refused(Exception):
         self.reason = reason
 
 
+class Sizing(NamedTuple):
+    """What a replica's memory depends on beside its model."""
+
+    slots: int
+    context_tokens: int
+    engine_args: tuple[str, ...]
+
+
 class Want(NamedTuple):
-    """What is resolved: two pools of the same source share it."""
+    """What is resolved: two pools of the same source share it, where agents are asked those of the same settings."""
 
     source: str
     sha256: str
+    sizing: Sizing | None = None
+
+
+def want_of(pool: GPUPool) -> Want:
+    """What resolving the pool's model means."""
+    spec = pool.spec
+    source, sha256 = spec.model.source, spec.model.sha256 or ""
+    if not source.startswith("file:"):
+        return Want(source, sha256)
+    args = tuple(engine_arguments(spec.engine.kv_cache_type, spec.engine.args))
+    return Want(source, sha256, Sizing(spec.slots, spec.context_tokens, args))
 
 
 @dataclass(slots=True)
@@ -103,7 +123,7 @@ class Resolver:
 
     def resolve(self, pool: GPUPool, agents: Mapping[str, Agent], now: float) -> tuple[Resolution, frozenset[str] | None]:
         """What is known of the pool's model, and the nodes that hold it (None: any node can fetch it)."""
-        want = Want(pool.spec.model.source, pool.spec.model.sha256 or "")
+        want = want_of(pool)
         entry = self._entries.setdefault(want, _Entry())
         try:
             local = local_path(want.source) is not None
@@ -154,13 +174,27 @@ class Resolver:
         return found.to_resolved()
 
     async def _ask_agent(self, want: Want, agent: Agent) -> ResolvedModel:
+        model = await self._inspect(agent, {"source": want.source})
+        if not model.shape.caveat or want.sizing is None:
+            return model
+        # Only now: an agent of an earlier version refuses a question with settings.
+        slots, context_tokens, args = want.sizing
+        question = {"source": want.source, "slots": slots, "contextTokens": context_tokens, "engineArgs": list(args)}
+        try:
+            return await self._inspect(agent, question)
+        except ValueError as error:
+            log.info("%s cannot say what %s takes: %s", agent.base_url, want.source, error)
+            return model
+
+    async def _inspect(self, agent: Agent, question: Mapping[str, Any]) -> ResolvedModel:
         url = f"{agent.base_url}/v2/models/inspect"
-        ask = self._session.post(url, json={"source": want.source}, headers=self._tokens.headers(), timeout=ASK_TIMEOUT)
+        ask = self._session.post(url, json=question, headers=self._tokens.headers(), timeout=ASK_TIMEOUT)
         async with ask as response:
             body: dict[str, Any] = await response.json()
             if response.status == 200:
                 shape = ModelShape.model_validate(body["shape"])
-                return ResolvedModel(resolved=body["resolved"], digest=body["digest"], size_mib=body["sizeMiB"], shape=shape)
+                found = ResolvedModel(resolved=body["resolved"], digest=body["digest"], size_mib=body["sizeMiB"], shape=shape)
+                return found.model_copy(update={"vram_mib": int(body["vramMiB"])}) if body.get("vramMiB") else found
             error = body.get("error", {})
             if error.get("code") in _REASONS:
                 raise _Refused(_REASONS[error["code"]], error.get("message", ""))
@@ -183,7 +217,8 @@ class Resolver:
             # All of them should hold the same file; where they differ the first by name is what the pool runs.
             model = holders[min(holders)]
             same = frozenset(name for name, other in holders.items() if other.digest == model.digest)
-            return Resolution(model), same
+            fitted = max(other.vram_mib for other in holders.values() if other.digest == model.digest)
+            return Resolution(model.model_copy(update={"vram_mib": fitted}) if fitted else model), same
         waiting = agents.keys() - answers.keys()
         if remembered := self._remembered(pool):
             return remembered, frozenset()

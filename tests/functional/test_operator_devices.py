@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -138,6 +139,22 @@ async def test_a_model_whose_need_nobody_knows_waits_for_a_figure(tmp_path: Path
         await until(store, lambda pool: pool.status.ready == 1)
         node = await store.get(GPUNode, Key("", "a"))
         assert [each.devices[GPU].vram_mib for each in node.spec.replicas.values()] == [9_000]
+
+
+async def test_what_llama_fit_params_says_places_it_with_the_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tools = tmp_path / "m.gguf", tmp_path / "tools"
+    latent_attention(source)
+    tools.mkdir()
+    (tools / "llama-fit-params").write_text("#!/bin/sh\necho 'CUDA0 4403 2048 258'\necho 'Host 282 0 40'\n")
+    (tools / "llama-fit-params").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    async with one_node() as (store, _, _):
+        await store.apply(a_pool(source), field_manager="kubectl")
+        pool = await until(store, lambda pool: pool.status.ready == 1)
+        assert pool.status.model is not None
+        assert pool.status.model.vram_mib == 6_709
+        node = await store.get(GPUNode, Key("", "a"))
+        assert [each.devices[GPU].vram_mib for each in node.spec.replicas.values()] == [6_709 + 512]
 
 
 async def test_what_an_agent_measured_places_the_next_replica(tmp_path: Path) -> None:
