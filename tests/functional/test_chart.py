@@ -154,7 +154,7 @@ def test_the_admission_policy_names_every_field_that_is_not_the_agents(helm: str
 
 @pytest.mark.parametrize(
     ("access", "limits", "visible"),
-    [("request", {"nvidia.com/gpu": 4}, None), ("visible", None, "all"), ("none", None, None)],
+    [("request", {"nvidia.com/gpu": 4}, None), ("dra", None, None), ("visible", None, "all"), ("none", None, None)],
 )
 def test_gpus_are_requested_or_made_visible_as_asked(helm: str, access: str, limits: object, visible: str | None) -> None:
     agent = container(one(render(helm, "--set", f"agent.gpuAccess={access},agent.gpusPerNode=4"), "DaemonSet", "llorch-agent"))
@@ -162,14 +162,56 @@ def test_gpus_are_requested_or_made_visible_as_asked(helm: str, access: str, lim
     assert next((e["value"] for e in agent["env"] if e["name"] == "NVIDIA_VISIBLE_DEVICES"), None) == visible
 
 
+def test_dra_claims_all_gpus_of_a_node_whatever_their_number(helm: str) -> None:
+    documents = render(helm, "--set", "agent.gpuAccess=dra")
+    template = one(documents, "ResourceClaimTemplate", "llorch-agent-gpus")
+    assert template["apiVersion"] == "resource.k8s.io/v1"
+    [request] = template["spec"]["spec"]["devices"]["requests"]
+    assert request == {"name": "gpus", "exactly": {"deviceClassName": "gpu.nvidia.com", "allocationMode": "All"}}
+    agent = one(documents, "DaemonSet", "llorch-agent")
+    assert agent["spec"]["template"]["spec"]["resourceClaims"] == [
+        {"name": "gpus", "resourceClaimTemplateName": "llorch-agent-gpus"}
+    ]
+    assert container(agent)["resources"]["claims"] == [{"name": "gpus"}]
+    for access in ("request", "visible", "none"):
+        others = render(helm, "--set", f"agent.gpuAccess={access}")
+        assert not [d for d in others if d["kind"] == "ResourceClaimTemplate"]
+        assert "claims" not in container(one(others, "DaemonSet", "llorch-agent"))["resources"]
+
+
+@pytest.mark.parametrize("access", ["request", "dra", "visible"])
+def test_the_kubelets_socket_reaches_the_agent_through_a_container_that_can_do_nothing_else(helm: str, access: str) -> None:
+    agent = one(render(helm, "--set", f"agent.gpuAccess={access}"), "DaemonSet", "llorch-agent")
+    pod = agent["spec"]["template"]["spec"]
+    [relay] = [each for each in pod["initContainers"] if each["name"] == "pod-resources"]
+    assert relay["restartPolicy"] == "Always"
+    assert relay["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert relay["securityContext"]["readOnlyRootFilesystem"] is True
+    assert sorted(each["name"] for each in relay["volumeMounts"]) == ["kubelet", "pods"]
+    assert next(each for each in relay["volumeMounts"] if each["name"] == "kubelet")["readOnly"] is True
+    own = container(agent)
+    assert "kubelet" not in [each["name"] for each in own["volumeMounts"]]
+    environment = {each["name"]: each.get("value") for each in own["env"]}
+    assert environment["LLORCH_POD_RESOURCES"] == "/run/llorch/pods.sock"
+    assert environment["LLORCH_POD"] == "serving/$(POD_NAME)"
+
+
+@pytest.mark.parametrize("value", ["agent.gpuAccess=none", "agent.podResources.enabled=false"])
+def test_without_need_for_it_the_kubelets_socket_is_not_mounted(helm: str, value: str) -> None:
+    agent = one(render(helm, "--set", value), "DaemonSet", "llorch-agent")
+    assert "kubelet" not in str(agent)
+    assert "LLORCH_POD_RESOURCES" not in [each["name"] for each in container(agent)["env"]]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("agent.gpuAccess=all", "/agent/gpuAccess': value must be one of 'request', 'visible', 'none'"),
+        ("agent.gpuAccess=all", "/agent/gpuAccess': value must be one of 'request', 'dra', 'visible', 'none'"),
         ("operator.nodeTimeoutMs=10", "/operator/nodeTimeoutMs': minimum: got 10, want 5,000"),
         ("agent.heartbeet=1", "/agent': additional properties 'heartbeet' not allowed"),
         ("gateway.service.type=Nodeport", "/gateway/service/type': value must be one of 'ClusterIP', 'NodePort', 'LoadBalancer'"),
         ("agent.modelsHostPath=models", "/agent/modelsHostPath': 'models' does not match pattern"),
+        ("agent.podResources.hostPath=kubelet", "/agent/podResources/hostPath': 'kubelet' does not match pattern"),
         ("gateway.replicas=0", "/gateway/replicas': minimum: got 0, want 1"),
     ],
 )
