@@ -77,11 +77,13 @@ async def latency(agent: Process, model: Path) -> list[Row]:
     through = f"{agent.url}/replicas/{REPLICA}/v1/chat/completions"
     body = chat(tokens=8, stream=True, ignore_eos=True)
     measured: dict[str, list[tuple[float, float]]] = {direct: [], through: []}
-    # llama-server closes a connection after a stream: a new one for every request, on both ways.
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
+    # llama-server closes a connection after a stream, so that each request has one new connection to it on either way; to the
+    # agent they stay open, as a gateway's do.
+    fresh = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=fresh) as to_engine, aiohttp.ClientSession() as to_agent:
         for number in range(REQUESTS + 20):
             for url in (direct, through) if number % 2 else (through, direct):
-                sample = await one(http, url, body)
+                sample = await one(to_engine if url == direct else to_agent, url, body)
                 if number >= 20:
                     measured[url].append(sample)
     rows = []
