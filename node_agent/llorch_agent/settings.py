@@ -53,7 +53,7 @@ class AgentSettings(TlsSettings):
     """Between two heartbeats, in seconds. A silent node is Offline after 3 of them, or after the
     operator's time-out if that is longer."""
     heartbeat_mode: Literal["status", "lease"] = Field("status", validation_alias="LLORCH_HEARTBEAT_MODE")
-    """status: each beat writes the GPUNode's status. lease: each beat renews a Lease, for half to a tenth of the API server's
+    """status: each beat writes the GPUNode's status. lease: each beat renews a Lease, for under half of the API server's
     work, and the status is written on urgent changes and every 5 minutes, so that free memory and slots in it are as old.
     Kubernetes only."""
     namespace: str = Field("default", min_length=1, max_length=63, validation_alias="LLORCH_NAMESPACE")

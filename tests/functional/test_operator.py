@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def model(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def an_operator(store: Store) -> AsyncIterator[Operator]:
+async def an_operator(store: Store, timing: Timing = TIMING) -> AsyncIterator[Operator]:
     operator = Operator(store, OperatorSettings.model_validate({"load_deadline_secs": 60}))
-    operator.fleet.tracker.timing = TIMING
+    operator.fleet.tracker.timing = timing
     task = asyncio.create_task(operator.run())
     try:
         yield operator
@@ -118,13 +119,16 @@ async def test_a_dead_nodes_replica_leaves_routing_when_offline_and_is_placed_el
 
 
 async def test_a_pool_with_nothing_left_gets_an_extra_replica_as_soon_as_its_node_is_offline(model: Path) -> None:
-    async with fleet("a", "b") as (store, agents, _):
+    # given a grace so long that no node is Lost within the test
+    patient = replace(TIMING, grace=600.0)
+    async with MemoryStore() as store, SimulatedAgent(store, "a") as a, SimulatedAgent(store, "b") as b, an_operator(store, patient):
         await store.apply(a_pool(f"file:{model}"), field_manager="test")
         pool = await until(store, lambda pool: pool.status.ready == 1)
         (only,) = pool.status.endpoints.values()
-        agents[only.node].silent = True
-        moved = await until(store, lambda pool: {e.node for e in pool.status.endpoints.values()} == {"a", "b"} - {only.node}, 4)
+        {"a": a, "b": b}[only.node].silent = True
+        moved = await until(store, lambda pool: {e.node for e in pool.status.endpoints.values()} == {"a", "b"} - {only.node})
         assert moved.status.ready == 1
+        assert (await store.get(GPUNode, Key("", only.node))).status.phase == "Offline"
 
 
 async def test_a_failed_replica_is_tried_on_another_node_and_its_message_is_kept_when_there_is_none(model: Path) -> None:
