@@ -121,7 +121,12 @@ async def test_a_dead_nodes_replica_leaves_routing_when_offline_and_is_placed_el
 async def test_a_pool_with_nothing_left_gets_an_extra_replica_as_soon_as_its_node_is_offline(model: Path) -> None:
     # given a grace so long that no node is Lost within the test
     patient = replace(TIMING, grace=600.0)
-    async with MemoryStore() as store, SimulatedAgent(store, "a") as a, SimulatedAgent(store, "b") as b, an_operator(store, patient):
+    async with (
+        MemoryStore() as store,
+        SimulatedAgent(store, "a") as a,
+        SimulatedAgent(store, "b") as b,
+        an_operator(store, patient),
+    ):
         await store.apply(a_pool(f"file:{model}"), field_manager="test")
         pool = await until(store, lambda pool: pool.status.ready == 1)
         (only,) = pool.status.endpoints.values()
