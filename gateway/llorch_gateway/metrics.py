@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from llorch_web.errors import ApiError
-
-CLIENT_GONE = 499
-BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """One request while it runs."""
-
-    histogram: Histogram
-    started: float
-    status: int = 500
-
-    def first_token(self) -> None:
-        """The first event of a stream goes to the client."""
-        self.histogram.observe(time.monotonic() - self.started)
+from llorch_web.outcomes import FIRST_TOKEN_BUCKETS, Outcome, counted
 
 
 class GatewayMetrics:
@@ -44,7 +25,7 @@ class GatewayMetrics:
             "llorch_gateway_first_token_seconds",
             "From a request's arrival to the first event of its stream.",
             ("pool",),
-            buckets=BUCKETS,
+            buckets=FIRST_TOKEN_BUCKETS,
             registry=registry,
         )
         self._retries = Counter(
@@ -61,20 +42,8 @@ class GatewayMetrics:
     @contextmanager
     def request(self, pool: str) -> Iterator[Outcome]:
         """Counts a request by how it ends."""
-        outcome = Outcome(self._first.labels(pool), time.monotonic())
-        in_flight = self._in_flight.labels(pool)
-        in_flight.inc()
-        try:
+        with self._in_flight.labels(pool).track_inprogress(), counted(self._requests, self._first, pool) as outcome:
             yield outcome
-        except ApiError as error:
-            outcome.status = error.status
-            raise
-        except (asyncio.CancelledError, ConnectionError):
-            outcome.status = CLIENT_GONE
-            raise
-        finally:
-            in_flight.dec()
-            self._requests.labels(pool, str(outcome.status)).inc()
 
     def refused(self, status: int) -> None:
         """A request that names no pool of ours."""

@@ -13,12 +13,13 @@ from aiohttp import web
 from llorch_web.correlation import HEADER as CORRELATION_HEADER
 from llorch_web.correlation import correlation_id
 from llorch_web.errors import ApiError
+from llorch_web.outcomes import Outcome
 from llorch_web.upstream import ConnectFailed, Exchange, Upstream, UpstreamError
 
 from .agents import AgentLink, Agents
 from .core.picker import Candidate, in_order
 from .core.pools import EndpointView, PoolTable, PoolView, load_state
-from .metrics import GatewayMetrics, Outcome
+from .metrics import GatewayMetrics
 
 log = logging.getLogger("llorch.gateway")
 

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from llorch_api import ReplicaState
 from llorch_web.body import read_body
 from llorch_web.errors import ApiError
+from llorch_web.outcomes import Outcome
 from llorch_web.sse import EventSplitter, EventTooLong, data_of
 from llorch_web.upstream import Abandoned, Exchange, Upstream, UpstreamError, split_url
 
@@ -24,7 +25,7 @@ from .core.answers import DONE, BadEvent, Chunks, WholeAnswer, WholeEmbeddings, 
 from .core.engine_error import EngineError, engine_error
 from .core.engine_request import BadRequest, EmbeddingsRequest, EngineRequest, Kind, embeddings, generation
 from .frontdoor_leases import Hold, Leases
-from .frontdoor_metrics import FrontDoorMetrics, Outcome
+from .frontdoor_metrics import FrontDoorMetrics
 from .replicas import Replica, Replicas
 from .slot_stream import SlotStream
 

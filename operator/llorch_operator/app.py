@@ -50,7 +50,7 @@ class Operator:
             access=SourceAccess(settings.allow_private_sources, settings.hf_token_file),
         )
         self.registry = CollectorRegistry()
-        self.registry.register(OperatorMetrics(self.fleet, self.reconciler))
+        self.registry.register(OperatorMetrics(self.fleet))
         self._node_api: NodeApi | None = None
         if settings.cloud_profile:
             interval = settings.heartbeat_interval_secs

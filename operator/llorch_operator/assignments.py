@@ -88,7 +88,7 @@ class AssignmentWriter:
             log.warning("could not write the assignments of node %s: %s", node, error)
             await self._read_again(node)
             return False
-        self._fleet.observe_node(changed)
+        self._fleet.wrote(changed)
         return True
 
     async def _read_again(self, node: str) -> None:

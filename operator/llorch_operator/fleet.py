@@ -64,6 +64,8 @@ class Fleet:
         """Rings for a node whose spec is another one."""
         self.transitions: list[Transition] = []
         """Changes of liveness since the last plan."""
+        self.writes = 0
+        """Objects that the operator changed, for the metric that shows a quiet one."""
         self.again_at: float | None = None
         """When to plan once more because a write failed, by the same clock."""
         self._renewed: dict[str, str] = {}
@@ -144,6 +146,14 @@ class Fleet:
         if self._hosts != hosts:
             self._hosts = dict(hosts)
             self.changed.set()
+
+    def wrote(self, written: GPUNode | GPUPool) -> None:
+        """An object as a write of the operator's returned it: newer than what the watch has told so far."""
+        self.writes += 1
+        if isinstance(written, GPUNode):
+            self.observe_node(written)
+        else:
+            self.observe_pool(written)
 
     def look_again(self) -> None:
         """A write failed: what it was for comes up again in a moment, and not in a hot loop against a store that is away."""

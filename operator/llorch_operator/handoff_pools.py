@@ -46,7 +46,7 @@ class HandoffPools:
         spec = GPUPoolSpec(model=ModelSpec(source=HANDOFF_SOURCE), replicas=0)
         pool = GPUPool(metadata=ObjectMeta(name=name, namespace=self._namespace, labels={HANDOFF_LABEL: "handoff"}), spec=spec)
         try:
-            self._fleet.observe_pool(await self._store.apply(pool, field_manager=FIELD_MANAGER))
+            self._fleet.wrote(await self._store.apply(pool, field_manager=FIELD_MANAGER))
             log.info("pool %s made for a handoff file", name)
         except StoreError as error:
             log.warning("could not make pool %s for a handoff file: %s", name, error)

@@ -10,15 +10,13 @@ from prometheus_client.registry import Collector
 
 from .core.liveness import Liveness
 from .fleet import Fleet
-from .reconciler import Reconciler
 
 
 class OperatorMetrics(Collector):
     """Nodes by liveness, replicas per pool, and how many writes it took."""
 
-    def __init__(self, fleet: Fleet, reconciler: Reconciler) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._reconciler = reconciler
 
     def collect(self) -> Iterator[Metric]:
         """Called by each scrape."""
@@ -43,4 +41,4 @@ class OperatorMetrics(Collector):
         yield GaugeMetricFamily(
             "llorch_storm_guard_holds", "1 while most of the fleet is silent and nothing is moved", value=tracker.storm_held
         )
-        yield CounterMetricFamily("llorch_operator_writes", "Writes of the operator to the API", value=self._reconciler.writes)
+        yield CounterMetricFamily("llorch_operator_writes", "Writes of the operator to the API", value=self._fleet.writes)

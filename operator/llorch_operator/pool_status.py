@@ -95,7 +95,7 @@ class PoolStatusWriter:
             self._fleet.look_again()
             return
         self._written[key] = self._clock()
-        self._fleet.observe_pool(written)
+        self._fleet.wrote(written)
         self._tell(key, pool, status)
 
     def _tell(self, key: PoolKey, pool: GPUPool, status: GPUPoolStatus) -> None:

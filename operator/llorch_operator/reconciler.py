@@ -96,8 +96,6 @@ class Reconciler:
         self._blind = False
         self.last_tick = clock()
         """When the loop last came round, for the liveness probe."""
-        self.writes = 0
-        """Writes made, for the metric that shows a quiet operator."""
 
     async def run(self) -> None:
         """Lists everything, then reconciles for ever."""
@@ -278,8 +276,7 @@ class Reconciler:
                 log.warning("could not write the status of node %s: %s", name, error)
                 self._fleet.look_again()
             else:
-                self.writes += 1
-                self._fleet.observe_node(written)
+                self._fleet.wrote(written)
                 self._tell_strangers(item.node)
 
     def _tell_transitions(self) -> None:

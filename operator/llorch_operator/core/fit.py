@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llorch_api import Desired, Strategy
 from llorch_api.gpunode import MAX_ASSIGNED_DEVICES
@@ -46,18 +47,8 @@ def _key(pool: PoolView, devices: int) -> str:
 
 def _estimate(pool: PoolView, kind: str, devices: int) -> MemoryNeed:
     settings = memory_settings(pool.engine_args)
-    if kind == "cpu":
-        return host_need(
-            pool.shape,
-            slots=pool.slots,
-            context_tokens=pool.context_tokens,
-            kv_cache_type=pool.kv_cache_type,
-            ubatch=settings.ubatch,
-            swa_full=settings.swa_full,
-            flash_attention=settings.flash_attention,
-            cache_ram_mib=settings.cache_ram_mib,
-        )
-    return estimate(
+    calculate = partial(host_need, cache_ram_mib=settings.cache_ram_mib) if kind == "cpu" else partial(estimate, devices=devices)
+    return calculate(
         pool.shape,
         slots=pool.slots,
         context_tokens=pool.context_tokens,
@@ -65,7 +56,6 @@ def _estimate(pool: PoolView, kind: str, devices: int) -> MemoryNeed:
         ubatch=settings.ubatch,
         swa_full=settings.swa_full,
         flash_attention=settings.flash_attention,
-        devices=devices,
     )
 
 
