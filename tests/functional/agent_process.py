@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -14,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from agent_node import NODE
+from programs import free_port
 
 from llorch_api import GPUNode
 from llorch_store import NotFound, Store
 from llorch_store.factory import open_store
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(root: Path, **more: str) -> dict[str, str]:

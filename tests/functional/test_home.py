@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from openai import APIStatusError, NotFoundError, OpenAI
+from programs import free_port
 
 from llorch_model.tiny import write_mid, write_tiny
 
@@ -32,12 +33,6 @@ metadata: {name: x}
 spec: {model: {source: 'file:/m'}, engine: {args: ['--port', '1']}}
 """
 CHAT: list[Any] = [{"role": "user", "content": "hi"}]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(check: Callable[[], Any], seconds: float = 20.0) -> Any:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
+from programs import clean_environment, free_port, program, until
 
 from cluster.apiserver import ApiServer
 from llorch_model.tiny import write_tiny
@@ -24,39 +24,6 @@ pytestmark = pytest.mark.functional
 
 LLORCH = Path(sys.executable).parent / "llorch"
 TOKEN = "t" * 40
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def process(*words: str, cwd: Path, log: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A component until the block ends, with its log in a file that is shown when the test fails."""
-    with (cwd / log).open("wb") as out:
-        child = subprocess.Popen([LLORCH, *words], cwd=cwd, env={**os.environ, **environment}, stdout=out, stderr=out)
-        try:
-            yield child
-        finally:
-            if child.poll() is None:
-                child.send_signal(signal.SIGCONT)
-                child.terminate()
-            try:
-                child.wait(15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            print(f"--- {log}\n{(cwd / log).read_text()[-6000:]}")
-
-
-def until(check: Callable[[], Any], seconds: float = 30.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < end, f"not within {seconds} s: {check.__name__}"
-        time.sleep(0.1)
-    return value
 
 
 class Story:
@@ -76,16 +43,17 @@ class Story:
         }
         self.client = OpenAI(base_url=f"http://127.0.0.1:{self.gateway_port}/v1", api_key="none", max_retries=0, timeout=20)
 
+    def _component(self, word: str, log: str, **more: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return program([LLORCH, word], cwd=self.cwd, log=log, environment=clean_environment(**{**self.shared, **more}))
+
     def operator(self) -> subprocess.Popen[bytes]:
         return self.stack.enter_context(
-            process("operator", cwd=self.cwd, log="operator.log", ORCHESTRATORD_ADDR=f"127.0.0.1:{free_port()}", **self.shared)
+            self._component("operator", "operator.log", ORCHESTRATORD_ADDR=f"127.0.0.1:{free_port()}")
         )
 
     def gateway(self) -> subprocess.Popen[bytes]:
         address = f"127.0.0.1:{self.gateway_port}"
-        return self.stack.enter_context(
-            process("gateway", cwd=self.cwd, log="gateway.log", LLORCH_GATEWAY_ADDR=address, **self.shared)
-        )
+        return self.stack.enter_context(self._component("gateway", "gateway.log", LLORCH_GATEWAY_ADDR=address))
 
     def agent(self, name: str) -> subprocess.Popen[bytes]:
         """An agent and the pod that it would run in."""
@@ -109,7 +77,7 @@ class Story:
             "LLORCH_DEVICES": "cpu",
             "LLORCH_MODEL_ROOTS": str(self.cwd),
         }
-        return self.stack.enter_context(process("agent", cwd=self.cwd, log=f"agent-{name}.log", **{**self.shared, **environment}))
+        return self.stack.enter_context(self._component("agent", f"agent-{name}.log", **environment))
 
     def apply(self, **spec: Any) -> None:
         body = {"apiVersion": "llorch.dev/v1alpha1", "kind": "GPUPool", "metadata": {"name": "chat"}, "spec": spec}

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import free_port
 
 from cluster.apiserver import ApiServer
 from llorch_api import GPUNode
@@ -40,12 +40,6 @@ async def store(kubeconfig: Path, no_resources: ApiServer) -> AsyncIterator[Stor
     no_resources.kubectl("create", "-f", "-", input=json.dumps(document))
     async with open_store("kubernetes") as opened:
         yield opened
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @asynccontextmanager

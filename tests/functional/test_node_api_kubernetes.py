@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from programs import clean_environment, free_port, program, until
 from test_chart import CHART, helm  # noqa: F401 - a fixture
 
 from cluster.apiserver import ApiServer
@@ -30,40 +27,10 @@ TOKEN = "t" * 40
 AGENT = "system:serviceaccount:serving:llorch-agent"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def module(name: str, cwd: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m NAME` until the block ends; its log is shown when the test fails."""
-    ours = ("POOL_MANAGERD_", "ORCHESTRATORD_", "KUBE", "LLORCH_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours) or key == "LLORCH_ENGINE"}
-    with (cwd / f"{name}.log").open("wb") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-m", name], cwd=cwd, env={**kept, "LLORCH_API_TOKEN": TOKEN, **more}, stdout=out, stderr=out
-        )
-        try:
-            yield child
-        finally:
-            if child.poll() is None:
-                child.terminate()
-            try:
-                child.wait(15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            print(f"--- {name}\n{(cwd / f'{name}.log').read_text()[-5000:]}")
-
-
-def until(check: Callable[[], Any], seconds: float = 30.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.1)
-    return value
+def module(name: str, cwd: Path, **more: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """`python -m NAME` until the block ends."""
+    environment = clean_environment(LLORCH_API_TOKEN=TOKEN, **more)
+    return program([sys.executable, "-m", name], cwd=cwd, log=f"{name}.log", environment=environment)
 
 
 def test_an_agent_that_knows_no_kubernetes_serves_a_pool_of_the_cluster(no_resources: ApiServer, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_node import foreign_engine
+from programs import clean_environment, free_port, program
 
 from llorch_model.tiny import write_tiny
 
@@ -50,35 +51,14 @@ def ports() -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    ours = ("POOL_MANAGERD_", "ORCHESTRATORD_", "KUBERNETES_", "LLORCH_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours) or name == "LLORCH_ENGINE"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "LLORCH_MODEL_DIR": "models", **more}
+    return clean_environment(PATH=path, LLORCH_MODEL_DIR="models", **more)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def terminal(commands: str, cwd: Path, log: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The program that `commands` start, until the block ends; its log is shown when the test fails."""
+def terminal(commands: str, cwd: Path, log: str, **more: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """The program that `commands` start, until the block ends."""
     # bash becomes the one command that it is given: the child is the program itself.
-    with (cwd / log).open("ab") as out:
-        child = subprocess.Popen(["bash", "-c", commands], cwd=cwd, env=environment(**more), stdout=out, stderr=out)
-        try:
-            yield child
-        finally:
-            if child.poll() is None:
-                child.terminate()
-            try:
-                child.wait(15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            print(f"--- {log}\n{(cwd / log).read_text()[-5000:]}")
+    return program(["bash", "-c", commands], cwd=cwd, log=log, environment=environment(**more))
 
 
 def nodes() -> dict[str, dict[str, Any]]:

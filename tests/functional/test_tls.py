@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import ssl
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from engine_node import foreign_engine
+from programs import clean_environment, free_port, program, until
 
 from llorch_model.tiny import write_tiny
 from llorch_web.server import Server
@@ -41,12 +38,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def tls(certificate: tuple[Path, Path], **more: Any) -> TlsSettings:
     return TlsSettings(tls_cert_file=certificate[0], tls_key_file=certificate[1], **more)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def hello(_: web.Request) -> web.Response:
@@ -94,32 +85,9 @@ def test_a_certificate_that_cannot_be_used_is_one_line(certificate: tuple[Path, 
             TlsSettings(tls_ca_file=ca).client_tls()
 
 
-@contextmanager
-def program(*words: str, cwd: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A component until the block ends; its log is shown when the test fails."""
-    ours = ("POOL_MANAGERD_", "ORCHESTRATORD_", "KUBE", "LLORCH_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours) or key == "LLORCH_ENGINE"}
-    log = cwd / f"{words[-1]}.log"
-    with log.open("wb") as out:
-        child = subprocess.Popen([sys.executable, "-m", *words], cwd=cwd, env={**kept, **more}, stdout=out, stderr=out)
-        try:
-            yield child
-        finally:
-            child.terminate()
-            try:
-                child.wait(15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            print(f"--- {log.name}\n{log.read_text()[-4000:]}")
-
-
-def until(check: Callable[[], Any], seconds: float = 30.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.1)
-    return value
+def module(name: str, cwd: Path, **more: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """`python -m NAME` until the block ends."""
+    return program([sys.executable, "-m", name], cwd=cwd, log=f"{name}.log", environment=clean_environment(**more))
 
 
 async def test_operator_agent_and_gateway_speak_tls_to_one_another(certificate: tuple[Path, Path], tmp_path: Path) -> None:
@@ -145,11 +113,11 @@ async def test_operator_agent_and_gateway_speak_tls_to_one_another(certificate: 
     api = {"ORCHESTRATORD_CLOUD_PROFILE": "true", "ORCHESTRATORD_ADDR": control}
     asked = {"model": "pool-0", "prompt": "a", "max_tokens": 3}
     with (
-        program("llorch_operator", cwd=tmp_path, **trusted, **api),
-        program("llorch_gateway", cwd=tmp_path, **trusted, LLORCH_GATEWAY_ADDR=gateway),
+        module("llorch_operator", cwd=tmp_path, **trusted, **api),
+        module("llorch_gateway", cwd=tmp_path, **trusted, LLORCH_GATEWAY_ADDR=gateway),
     ):
         until(lambda: "nodes" in ask(f"https://{control}/v2/nodes"))
-        with program("llorch_agent", cwd=tmp_path, **shown, **by_http) as suspicious:
+        with module("llorch_agent", cwd=tmp_path, **shown, **by_http) as suspicious:
             until(lambda: "cannot register" in (tmp_path / "llorch_agent.log").read_text())
             assert suspicious.poll() is None
             assert ask(f"https://{control}/v2/nodes")["nodes"] == [], "it does not register with whom it cannot verify"
@@ -157,7 +125,7 @@ async def test_operator_agent_and_gateway_speak_tls_to_one_another(certificate: 
             document = {"pool_id": "pool-0", "replica_id": "r0", "engine": "llamacpp", "engine_version": "v1", "url": engine}
             (tmp_path / ".runtime/engines").mkdir(parents=True, exist_ok=True)
             (tmp_path / ".runtime/engines/pool-0_r0.json").write_text(json.dumps(document))
-            with program("llorch_agent", cwd=tmp_path, **trusted, **by_http):
+            with module("llorch_agent", cwd=tmp_path, **trusted, **by_http):
                 answer = until(lambda: ask(f"https://{gateway}/v1/completions", asked), 30)
                 [node] = ask(f"https://{control}/v2/nodes")["nodes"]
         assert answer["usage"]["completion_tokens"] == 3
